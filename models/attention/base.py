@@ -1,0 +1,150 @@
+"""What every attention kind shares: projections, position encoding, overrides, records.
+
+A kind is a subclass with a ``Config`` of its own that overrides the hooks it needs:
+
+    project   x -> q, k, v           (QK-norm, a gate on the values)
+    attend    q, k, v, mask -> out   (the kernel: a null slot, a similarity instead of softmax)
+    finish    out, x -> out          (a gate or a norm on the heads' outputs)
+
+Axes: B rows, T query and S key positions, C width of the residual stream, H query heads, G key and
+value heads, D head dim of queries and keys, E of values.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import AttentionOutput, Statistics
+from kernels.attention.api import IMPLEMENTATIONS
+from kernels.errors import require
+from kernels.masks import DenseMask, IntervalMask
+from models.norms import at_least_fp32
+from models.overrides import LayerOverride
+from models.positions import Rotation
+
+if TYPE_CHECKING:
+    from models.decoder import DecoderConfig
+
+
+@dataclass(kw_only=True)
+class AttentionConfig:
+    """Settings that every kind has."""
+
+    window: int | None = None
+    """Keys a query sees at most, itself included, in tokens; null = all that its mask allows."""
+
+    implementation: str = "auto"
+    """Kernel that computes it: auto takes the fastest that can, another name forces that one."""
+
+    def __post_init__(self):
+        valid = self.window is None or self.window >= 1
+        require(valid, "attention.window", "must be >= 1 or null", self.window)
+        allowed = f"must be one of {', '.join(IMPLEMENTATIONS)}"
+        known = self.implementation in IMPLEMENTATIONS
+        require(known, "attention.implementation", allowed, self.implementation)
+
+
+class LayerInputs(NamedTuple):
+    """What a layer gets beside the residual stream; only tap and override differ between layers.
+
+    mask: the layer's own, its window included.
+    rotation, slopes_H: of the position encoding, None where it has none.
+    statistics: off, basic or full.
+    key_mass_tap_BHS: leaf whose gradient will be the key mass, or None.
+    """
+
+    mask: IntervalMask
+    rotation: Rotation | None
+    slopes_H: Tensor | None
+    statistics: str
+    key_mass_tap_BHS: Tensor | None
+    override: LayerOverride | None
+
+
+class Attended(NamedTuple):
+    """y_BTC, what a layer adds to the residual stream, and its measurements (no gradient).
+
+    statistics: of the kernel, None where they are off.
+    value_norm_BTG: l2 norm of each value vector, fp32 or fp64; None where statistics are off.
+    probabilities_BHTS: the attention matrix, only under an override.
+    """
+
+    y_BTC: Tensor
+    statistics: Statistics | None
+    value_norm_BTG: Tensor | None
+    probabilities_BHTS: Tensor | None
+
+
+class Attention(nn.Module, ABC):
+    """Multi-head attention with grouped key and value heads and no biases."""
+
+    Config: type[AttentionConfig]
+
+    def __init__(self, config: AttentionConfig, model: "DecoderConfig"):
+        super().__init__()
+        self.config = config
+        self.head_dim = model.resolved_head_dim
+        query_width = model.num_heads * self.head_dim
+        key_width = model.resolved_num_kv_heads * self.head_dim
+        self.query = nn.Linear(model.d_model, query_width, bias=False)
+        self.key = nn.Linear(model.d_model, key_width, bias=False)
+        self.value = nn.Linear(model.d_model, key_width, bias=False)
+        self.output = nn.Linear(query_width, model.d_model, bias=False)
+
+    def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_BTHD, k_BTGD, v_BTGE of the normed residual stream, before the position encoding."""
+        q_BTHD, k_BTGD, v_BTGE = (
+            projection(x_BTC).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.query, self.key, self.value)
+        )
+        return q_BTHD, k_BTGD, v_BTGE
+
+    @abstractmethod
+    def attend(
+        self,
+        q_BTHD: Tensor,
+        k_BTGD: Tensor,
+        v_BTGE: Tensor,
+        mask: IntervalMask | DenseMask,
+        **kernel,
+    ) -> AttentionOutput:
+        """Attention over the keys that ``mask`` shows.
+
+        kernel: passed on as it is: slopes_H, statistics, key_mass_tap_BHS, implementation.
+        """
+
+    def finish(self, out_BTHE: Tensor, x_BTC: Tensor) -> Tensor:
+        """The heads' outputs as the output projection takes them."""
+        return out_BTHE
+
+    def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> Attended:
+        q_BTHD, k_BTGD, v_BTGE = self.project(x_BTC)
+        if inputs.rotation is not None:
+            q_BTHD, k_BTGD = inputs.rotation(q_BTHD), inputs.rotation(k_BTGD)
+        mask, override = inputs.mask, inputs.override
+        if override is not None:
+            q_BTHD, k_BTGD, v_BTGE, mask = override.inputs(q_BTHD, k_BTGD, v_BTGE, mask)
+        result = self.attend(
+            q_BTHD,
+            k_BTGD,
+            v_BTGE,
+            mask,
+            slopes_H=inputs.slopes_H,
+            statistics=inputs.statistics,
+            key_mass_tap_BHS=inputs.key_mass_tap_BHS,
+            implementation=self.config.implementation if override is None else "reference",
+        )
+        value_norm_BTG = probabilities_BHTS = None
+        if inputs.statistics != "off":
+            value_norm_BTG = torch.linalg.vector_norm(at_least_fp32(v_BTGE.detach()), dim=-1)
+        if override is not None:
+            probabilities_BHTS = result.probabilities_BHTS.detach()
+        return Attended(
+            y_BTC=self.output(self.finish(result.out_BTHE, x_BTC).flatten(2)),
+            statistics=result.statistics,
+            value_norm_BTG=value_norm_BTG,
+            probabilities_BHTS=probabilities_BHTS,
+        )

@@ -1,0 +1,172 @@
+"""The contract of every kind of attention, position, norm and feed-forward, known or to come.
+
+A new kind joins by its line in its dict. Attention kinds are run with every position encoding,
+norms and feed-forwards, which meet the rest only through the residual stream, with the defaults.
+
+Axes: B rows, T positions, C width, H query heads, G key and value heads, D and E head dims.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from models.attention import ATTENTIONS, SoftmaxAttention
+from models.checkpoints import load_model, save_model
+from models.decoder import NORMS
+from models.feed_forwards import FEED_FORWARDS
+from models.positions import POSITIONS, Position
+
+DOCUMENTS = [[1] * 7 + [2] * 5, [1] * 9 + [-1] * 3]
+AXES = {
+    "attention": ATTENTIONS,
+    "position": POSITIONS,
+    "norm": NORMS,
+    "feed_forward": FEED_FORWARDS,
+}
+DEFAULTS = {
+    "attention": "softmax",
+    "position": "rope",
+    "norm": "rms_norm",
+    "feed_forward": "swiglu",
+}
+ONE_BY_ONE = [
+    DEFAULTS,
+    *({axis: name} for axis in AXES for name in AXES[axis] if name != DEFAULTS[axis]),
+]
+COMBINATIONS = [
+    *({"attention": attention, "position": p} for attention in ATTENTIONS for p in POSITIONS),
+    *({axis: name} for axis in ("norm", "feed_forward") for name in AXES[axis]),
+]
+
+
+def decoder_with(decoder_of, *, attention="softmax", **kinds):
+    return decoder_of(attention=ATTENTIONS[attention].Config(), num_layers=2, **kinds)
+
+
+def named(kinds):
+    return "-".join(kinds.values())
+
+
+def check_contract(decoder, batch, folder):
+    """What any decoder must do; each line's failure names what is broken."""
+    output = decoder(batch)
+    assert output.logits_BTV.shape == (2, 12, 97)
+    for record in output.layers:
+        # Rows of 12 and 9 queries, whose attention goes to keys or to a null slot.
+        mass_BH = record.statistics.key_mass_BHS.sum(-1)
+        if record.statistics.null_mass_BHT is not None:
+            mass_BH = mass_BH + record.statistics.null_mass_BHT.sum(-1)
+        torch.testing.assert_close(mass_BH, torch.tensor([[12.0], [9.0]]).double().expand(2, 4))
+
+    output.logits_BTV[batch.document_BT > 0].logsumexp(-1).sum().backward()
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+    save_model(decoder, folder / "model")
+    loaded_BTV = load_model(folder / "model")(batch).logits_BTV
+    assert torch.equal(loaded_BTV, output.logits_BTV), "a checkpoint doesn't come back"
+
+    batch.tokens_BT[0, 3] = (batch.tokens_BT[0, 3] + 1) % 97
+    moved_BT = (decoder(batch).logits_BTV - output.logits_BTV).abs().amax(-1) > 1e-9
+    assert not moved_BT[0, :3].any(), "an earlier position saw a later token"
+    assert not moved_BT[0, 7:].any(), "another document saw the token"
+    assert not moved_BT[1].any(), "another row saw the token"
+    assert moved_BT[0, 3:7].all(), "the token's own document didn't see it"
+
+
+def check_compiles(decoder, batch):
+    torch._dynamo.reset()
+    compiled_BTV = torch.compile(decoder, fullgraph=True, backend="eager")(batch).logits_BTV
+    torch.testing.assert_close(compiled_BTV, decoder(batch).logits_BTV)
+
+
+@pytest.mark.parametrize("kinds", COMBINATIONS, ids=named)
+def test_contract(decoder_of, batch_of, tmp_path, kinds):
+    check_contract(decoder_with(decoder_of, **kinds), batch_of(DOCUMENTS), tmp_path)
+
+
+@pytest.mark.parametrize("kinds", ONE_BY_ONE, ids=named)
+def test_compiles_without_a_graph_break(decoder_of, batch_of, kinds):
+    check_compiles(decoder_with(decoder_of, **kinds), batch_of(DOCUMENTS))
+
+
+def test_attention_kinds_have_configs_of_their_own():
+    """A config is what picks its kind, so two kinds can't share one."""
+    configs = [kind.Config for kind in ATTENTIONS.values()]
+    assert len(set(configs)) == len(configs)
+
+
+class SinkLogit(SoftmaxAttention):
+    """A learned logit a head in the softmax's denominator: the ``attend`` hook."""
+
+    @dataclass(kw_only=True)
+    class Config(SoftmaxAttention.Config):
+        """No settings of its own."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.logit_H = nn.Parameter(torch.zeros(model.num_heads))
+
+    def attend(self, *args, **kernel):
+        return super().attend(*args, null_logit=self.logit_H, **kernel)
+
+
+class GatedNormedQueries(SoftmaxAttention):
+    """Normed queries and keys, gated outputs: the ``project`` and ``finish`` hooks."""
+
+    @dataclass(kw_only=True)
+    class Config(SoftmaxAttention.Config):
+        """No settings of its own."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        self.norm = NORMS[model.norm](self.head_dim, model.norm_eps)
+        self.gate = nn.Linear(model.d_model, model.num_heads, bias=False)
+
+    def project(self, x_BTC):
+        q_BTHD, k_BTGD, v_BTGE = super().project(x_BTC)
+        return self.norm(q_BTHD), self.norm(k_BTGD), v_BTGE
+
+    def finish(self, out_BTHE, x_BTC):
+        return out_BTHE * self.gate(x_BTC).sigmoid()[..., None]
+
+
+class Learned(Position):
+    """Learned positions: the ``embed`` hook."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = nn.Embedding(16, config.d_model)
+
+    def embed(self, x_BTC, positions_BT):
+        return x_BTC + self.table(positions_BT)
+
+
+class Slopes(Position):
+    """ALiBi: the ``slopes`` hook."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_heads = config.num_heads
+
+    def slopes(self, device):
+        return 2.0 ** -torch.arange(1, self.num_heads + 1, dtype=torch.float64, device=device)
+
+
+@pytest.mark.parametrize(
+    "kind", [SinkLogit, GatedNormedQueries, Learned, Slopes], ids=lambda kind: kind.__name__
+)
+def test_a_new_kind_is_a_class_and_a_line(decoder_of, batch_of, tmp_path, monkeypatch, kind):
+    is_position = issubclass(kind, Position)
+    monkeypatch.setitem(POSITIONS if is_position else ATTENTIONS, "new", kind)
+    axis = "position" if is_position else "attention"
+    decoder = decoder_with(decoder_of, **{"position": "none", axis: "new"})
+    plain = decoder_with(decoder_of, position="none")
+    # With the plain decoder's weights, only what the kind adds can tell the two apart.
+    decoder.load_state_dict(plain.state_dict(), strict=False)
+    batch = batch_of(DOCUMENTS)
+    assert (decoder(batch).logits_BTV - plain(batch).logits_BTV).abs().max() > 1e-3
+    check_contract(decoder, batch, tmp_path)
+    check_compiles(decoder, batch_of(DOCUMENTS))
