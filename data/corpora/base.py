@@ -1,0 +1,157 @@
+"""What every text corpus is: source entries, a split of them, and documents cut from them.
+
+The split is made by source entry, before any cutting, and by a hash of the entry's text alone: it
+is the same for every packing, seed and way of cutting, and copies of one text are never on both
+sides. The tokenizer is trained on whole training entries, so it doesn't depend on the cutting
+either.
+"""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from data.backcopy import BackcopyProcess
+from data.documents import DocumentSource, FixedDocuments, Split, TextDocument
+from data.store import StoreDtype, TokenStore, open_store
+from data.tokenizers import BpeConfig, TextTokenizer, TokenizerConfig, build_tokenizer
+from kernels.errors import UserError, require
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TextCorpusConfig:
+    """Settings of every corpus that is read rather than generated."""
+
+    validation_fraction: float = 0.05
+    """Share of the source entries held out, chosen by a hash of their text."""
+
+    min_document_tokens: int = 1
+    """Documents of fewer text tokens are dropped and counted; 1 drops only empty ones."""
+
+    store_dtype: StoreDtype = StoreDtype.auto
+    """Integer type of a stored token; auto takes the smallest that holds the vocabulary."""
+
+    def __post_init__(self):
+        require(
+            0 < self.validation_fraction < 1,
+            "corpus.validation_fraction",
+            "must be above 0 and below 1",
+            self.validation_fraction,
+        )
+        require(
+            self.min_document_tokens >= 1,
+            "corpus.min_document_tokens",
+            "must be >= 1",
+            self.min_document_tokens,
+        )
+
+
+class OpenCorpus(NamedTuple):
+    """A corpus ready for packing.
+
+    ``sha256`` is what a result cites: it names the tokens, the split and the tokenizer. ``process``
+    is set if documents come from a known random process, whose optimal loss can be computed.
+    """
+
+    train: DocumentSource
+    validation: DocumentSource
+    tokenizer: TextTokenizer
+    store: TokenStore
+    sha256: str
+    process: BackcopyProcess | None = None
+
+
+class TextCorpus(ABC):
+    """A corpus of text, read entry by entry in bounded memory."""
+
+    Config: ClassVar[type[TextCorpusConfig]]
+
+    def __init__(self, config: TextCorpusConfig, cache_dir: Path):
+        self.config = config
+        self.cache_dir = cache_dir
+
+    @abstractmethod
+    def entries(self) -> Iterator[str]:
+        """The texts of the source, whole, in their order.
+
+        Raises ``UserError`` if the source can't be read.
+        """
+
+    @cached_property
+    @abstractmethod
+    def source(self) -> dict:
+        """What the entries depend on, as JSON: the cache's key."""
+
+    @property
+    def cutting(self) -> dict:
+        """What ``cut`` depends on, as JSON."""
+        return {}
+
+    def cut(self, text: str) -> Iterable[str]:
+        """The documents of one entry."""
+        return (text,)
+
+    def documents(self) -> Iterator[TextDocument]:
+        """Every document of both sides of the split."""
+        for split, key, text in self._split_entries():
+            for document in self.cut(text):
+                yield TextDocument(split, key, document)
+
+    def training_texts(self) -> Iterator[str]:
+        """The training entries, whole: what a tokenizer is trained on."""
+        for split, _, text in self._split_entries():
+            if split is Split.train:
+                yield text
+
+    @property
+    def training_texts_key(self) -> dict:
+        """What ``training_texts`` depends on, as JSON."""
+        return {"source": self.source, "validation_fraction": self.config.validation_fraction}
+
+    def open(self, tokenizer_config: TokenizerConfig) -> OpenCorpus:
+        """Tokenizer and token store, built if the cache has none.
+
+        Raises ``UserError`` for a source, tokenizer or store that can't be used.
+        """
+        if isinstance(tokenizer_config, BpeConfig):
+            # Known before it is trained, which may yield fewer tokens.
+            self.config.store_dtype.resolve(tokenizer_config.vocab_size)
+        tokenizer = build_tokenizer(tokenizer_config, self, self.cache_dir)
+        store = open_store(
+            self.documents(),
+            tokenizer,
+            cache_dir=self.cache_dir,
+            key={"texts": self.training_texts_key, "cutting": self.cutting},
+            dtype=self.config.store_dtype,
+            min_document_tokens=self.config.min_document_tokens,
+        )
+        return OpenCorpus(
+            train=FixedDocuments(store.train),
+            validation=FixedDocuments(store.validation),
+            tokenizer=tokenizer,
+            store=store,
+            sha256=store.sha256,
+        )
+
+    def _split_entries(self) -> Iterator[tuple[Split, str, str]]:
+        count = {Split.train: 0, Split.validation: 0}
+        for text in self.entries():
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            held_out = int.from_bytes(digest) < self.config.validation_fraction * 2**64
+            split = Split.validation if held_out else Split.train
+            count[split] += 1
+            yield split, digest.hex(), text
+        entries = sum(count.values())
+        require(entries >= 2, "corpus", "must hold at least two source entries", entries)
+        if not all(count.values()):
+            raise UserError(
+                "corpus.validation_fraction must leave source entries on both sides of the split, "
+                f"got {self.config.validation_fraction} of {entries} entries "
+                f"({count[Split.train]} train, {count[Split.validation]} validation)"
+            )

@@ -1,0 +1,199 @@
+"""The endless stream of training rows, and the loader that reads it from any row on.
+
+The order of rows is a function of (data_seed, epoch): a ``RowCursor`` says all there is to say
+about where a run stands. A global batch is the next ``batch_rows`` rows, going on into the next
+epoch; of its rows, rank r of W gets r, r + W, ..., so another number of ranks sees the same global
+order.
+
+Axes: B rows of a request.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Generator
+from torch.cuda import is_available as cuda_is_available
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from data.documents import Documents, DocumentSource
+from data.packing import MaskKind, PackingConfig, plan_epoch
+from data.parcel import Parcel
+from data.plan import Plan
+from data.rows import RowArrays, SpecialIds, concatenate, finish_rows, gather_rows
+from kernels.errors import UserError
+from models.batch import PackedBatch, RowCursor
+
+
+@dataclass(frozen=True)
+class EpochRows:
+    """An epoch's documents, their plan and the labels of each row."""
+
+    documents: Documents
+    plan: Plan
+    labels_R: np.ndarray
+
+
+class RowRequest(NamedTuple):
+    """Rows of one micro-batch of one rank, with what their global batch says."""
+
+    epoch_B: np.ndarray
+    row_B: np.ndarray
+    num_labels: int
+    cursor: RowCursor
+
+
+class TrainingStream:
+    """Rows by (epoch, row); the plans of the last two epochs asked for are kept."""
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        config: PackingConfig,
+        specials: SpecialIds,
+        data_seed: int,
+    ):
+        self.config = config
+        self._source = source
+        self._specials = specials
+        self._data_seed = data_seed
+        self._epochs: dict[int, EpochRows] = {}
+
+    def epoch(self, epoch: int) -> EpochRows:
+        """Documents and plan of an epoch."""
+        if epoch not in self._epochs:
+            documents = self._source.epoch(epoch)
+            plan = plan_epoch(documents.lengths_N, self.config, self._data_seed, epoch)
+            causal = self.config.mask is MaskKind.causal
+            labels_R = plan.labels_R(causal=causal, pinned=self.config.pinned)
+            # A batch spans two epochs at most, unless an epoch is shorter than a batch.
+            self._epochs = dict([*self._epochs.items()][-1:])
+            self._epochs[epoch] = EpochRows(documents, plan, labels_R)
+        return self._epochs[epoch]
+
+    def advance(self, cursor: RowCursor, num_rows: int) -> RowRequest:
+        """The next ``num_rows`` rows: their places, their labels, and the cursor after them."""
+        epochs, rows, num_labels = [], [], 0
+        epoch, row = cursor.epoch, cursor.row
+        missing = num_rows
+        while missing:
+            labels_R = self.epoch(epoch).labels_R
+            taken = min(missing, len(labels_R) - row)
+            epochs.append(np.full(taken, epoch))
+            rows.append(np.arange(row, row + taken))
+            num_labels += int(labels_R[row : row + taken].sum())
+            missing -= taken
+            row += taken
+            if row == len(labels_R):
+                epoch, row = epoch + 1, 0
+        after = RowCursor(epoch, row, cursor.rows + num_rows)
+        # No label at all is a loss of 0 / 1, not 0 / 0.
+        return RowRequest(np.concatenate(epochs), np.concatenate(rows), max(1, num_labels), after)
+
+    def batch(self, request: RowRequest) -> PackedBatch:
+        """The rows of a request."""
+        parts = [self._gather(epoch, request) for epoch in np.unique(request.epoch_B)]
+        return finish_rows(
+            concatenate(parts), self.config, num_labels=request.num_labels, cursor=request.cursor
+        )
+
+    def _gather(self, epoch: int, request: RowRequest) -> RowArrays:
+        rows = self.epoch(int(epoch))
+        plan = rows.plan.take(request.row_B[request.epoch_B == epoch])
+        return gather_rows(rows.documents, plan, self.config, self._specials)
+
+
+class TrainingRows(Dataset):
+    """The stream as a map from requests to batches, in a parcel if a worker makes them."""
+
+    def __init__(self, stream: TrainingStream):
+        self._stream = stream
+
+    def __getitem__(self, request: RowRequest) -> PackedBatch | Parcel:
+        batch = self._stream.batch(request)
+        return batch if get_worker_info() is None else Parcel(batch)
+
+
+class GlobalBatches(Sampler):
+    """One rank's requests, from a cursor on, without end: micro-batches of batch after batch."""
+
+    def __init__(self, stream: TrainingStream, cursor: RowCursor, rank: int, world_size: int):
+        self._stream = stream
+        self._cursor = cursor
+        self._rank = rank
+        self._world_size = world_size
+        self._micro_batches = stream.config.micro_batches(world_size)
+
+    def __iter__(self) -> Iterator[RowRequest]:
+        cursor = self._cursor
+        while True:
+            request = self._stream.advance(cursor, self._stream.config.batch_rows)
+            cursor = request.cursor
+            own = slice(self._rank, None, self._world_size)
+            epochs = np.split(request.epoch_B[own], self._micro_batches)
+            rows = np.split(request.row_B[own], self._micro_batches)
+            for epoch_B, row_B in zip(epochs, rows, strict=True):
+                yield request._replace(epoch_B=epoch_B, row_B=row_B)
+
+
+class TrainingLoader(DataLoader):
+    """A plain loader over requests; worker processes change what it yields in nothing.
+
+    Raises ``UserError`` when a worker dies or the store can't be read any more.
+    """
+
+    def __init__(
+        self,
+        stream: TrainingStream,
+        cursor: RowCursor,
+        *,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+    ):
+        # Planned here, the first epoch is there for every worker that is forked.
+        stream.epoch(cursor.epoch)
+        super().__init__(
+            TrainingRows(stream),
+            sampler=GlobalBatches(stream, cursor, rank, world_size),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=cuda_is_available(),
+            # A loader draws a seed for its workers; from the global generator, that would make the
+            # run depend on how often loaders start.
+            generator=Generator(),
+        )
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        try:
+            with warnings.catch_warnings():
+                # Python 3.12 warns of any fork beside threads; the workers only index arrays.
+                warnings.filterwarnings("ignore", "(?s).*use of fork", DeprecationWarning)
+                batches = super().__iter__()
+            for batch in batches:
+                yield batch.open() if isinstance(batch, Parcel) else batch
+        except OSError as error:
+            raise UserError(f"training rows must be readable, got {_last_line(error)}") from error
+        except RuntimeError as error:
+            # A worker died; what a living one raises says "in DataLoader worker process".
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise UserError(
+                "data workers must stay alive (too little memory, or the token store changed while "
+                f"in use?), got {_last_line(error)}"
+            ) from error
+
+
+def _as_it_is(batch: PackedBatch | Parcel) -> PackedBatch | Parcel:
+    return batch
+
+
+def _last_line(error: Exception) -> str:
+    # An error from a worker quotes the worker's traceback, the error itself last.
+    return str(error).strip().rpartition("\n")[2]
