@@ -1,0 +1,169 @@
+"""Sink sums against values worked out by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from kernels.attention import sink_attention
+from kernels.masks import IntervalMask
+from train.metrics import (
+    THRESHOLDS,
+    document_sums,
+    first_key_sums,
+    long_document_starts,
+    null_slot_sums,
+    position_sums,
+)
+from train.sink_table import sink_metrics, sink_table
+
+EPS_03 = THRESHOLDS.index(0.3)
+
+
+def documents(*lengths: int, cut_first: bool = False, pinned: bool = False):
+    """document_BT and begins_BT of one row, and its mask's arguments."""
+    ids = [0] if pinned else []
+    for number, length in enumerate(lengths, start=1):
+        ids += [number] * length
+    document_BT = torch.tensor([ids], dtype=torch.int32)
+    begins_BT = ~((document_BT == 1) & cut_first)
+    return document_BT, begins_BT
+
+
+def uniform_mass(mask: IntervalMask, key_BT: torch.Tensor) -> torch.Tensor:
+    """[B, 1, T]: what a head that attends uniformly pays to the key."""
+    return (mask.sees_BT(key_BT) / mask.keys_per_query_BT())[:, None]
+
+
+def test_a_uniform_head_has_the_harmonic_baseline_and_no_excess():
+    mask = IntervalMask.causal(2, 100)
+    sums = first_key_sums(uniform_mass(mask, torch.zeros(2, 100)), mask)
+    harmonic = sum(1 / n for n in range(1, 65)) / 64
+    assert sums.count.tolist() == [2]
+    assert (sums.alpha / sums.count).item() == pytest.approx(harmonic)
+    assert (sums.baseline / sums.count).item() == pytest.approx(harmonic)
+    assert harmonic == pytest.approx(0.074, abs=5e-4)
+
+
+def test_the_horizon_reads_the_first_64_queries_and_the_row_all_of_them():
+    mask = IntervalMask.causal(1, 128)
+    mass_BHT = torch.zeros(1, 2, 128)
+    mass_BHT[0, 0, :64] = 1.0
+    mass_BHT[0, 1, 64:] = 1.0
+    assert first_key_sums(mass_BHT, mask).alpha.tolist() == [1.0, 0.0]
+    assert first_key_sums(mass_BHT, mask, whole_row=True).alpha.tolist() == [0.5, 0.5]
+
+
+def test_each_sample_is_thresholded_before_the_average():
+    mask = IntervalMask.causal(2, 64)
+    mass_BHT = torch.zeros(2, 1, 64)
+    mass_BHT[0] = 0.5
+    sums = first_key_sums(mass_BHT, mask)
+    assert sums.over[0, EPS_03].item() == 1
+    assert (sums.alpha / sums.count).item() == pytest.approx(0.25)
+
+
+def test_a_first_key_that_fewer_than_64_queries_see_does_not_count():
+    document_BT, _ = documents(63, 65)
+    mask = IntervalMask.from_documents(document_BT)
+    mass_BHT = torch.ones(1, 1, 128)
+    assert first_key_sums(mass_BHT, mask).count.item() == 0
+    assert first_key_sums(mass_BHT, mask, whole_row=True).count.item() == 0
+    whole = IntervalMask.from_documents(document_BT, causal_across=True)
+    assert first_key_sums(mass_BHT, whole).count.item() == 1
+
+
+def test_a_pinned_bos_counts_whatever_the_documents():
+    document_BT, _ = documents(5, 122, pinned=True)
+    mask = IntervalMask.from_documents(document_BT, pinned=1)
+    sums = first_key_sums(uniform_mass(mask, torch.zeros(1, 128)), mask)
+    shares = [1.0] + [1 / (n + 1) for n in range(1, 6)] + [1 / (n + 1) for n in range(1, 59)]
+    assert (sums.alpha / sums.count).item() == pytest.approx(sum(shares) / 64)
+    assert (sums.baseline / sums.count).item() == pytest.approx(sum(shares) / 64)
+
+
+def test_rows_shorter_than_the_horizon_have_no_samples():
+    assert first_key_sums(torch.ones(1, 1, 63), IntervalMask.causal(1, 63)) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cut_first", "starts"),
+    [
+        ((64, 64), False, [0, 64]),
+        ((63, 65), False, [63]),
+        ((64, 64), True, [64]),
+        ((100, 10, 70, 20), False, [0, 110]),
+        ((1, 1, 1, 125), False, [3]),
+        ((65, 63), False, [0]),
+    ],
+    ids=str,
+)
+def test_long_documents_that_begin_in_the_row_are_found(lengths, cut_first, starts):
+    document_BT, begins_BT = documents(*lengths, cut_first=cut_first)
+    mask = IntervalMask.from_documents(document_BT)
+    start_BK, exists_BK = long_document_starts(begins_BT, mask.document_start_BT)
+    assert start_BK[exists_BK].tolist() == starts
+
+
+def test_document_starts_are_samples_of_their_own():
+    document_BT, begins_BT = documents(70, 10, 80)
+    mask = IntervalMask.from_documents(document_BT)
+    mass_BHT = torch.zeros(1, 1, 160)
+    mass_BHT[0, 0, 80:144] = 0.4
+    mass_BHT[0, 0, 144:] = 1.0
+    sums = document_sums(mass_BHT, mask, begins_BT)
+    assert sums.count.tolist() == [2]
+    assert sums.alpha.item() == pytest.approx(0.4)
+    assert sums.over[0, EPS_03].item() == 1
+
+
+def test_a_window_that_hides_the_start_takes_the_document_out():
+    document_BT, begins_BT = documents(128)
+    mask = IntervalMask.from_documents(document_BT).window(63)
+    assert document_sums(torch.ones(1, 1, 128), mask, begins_BT).count.item() == 0
+    assert first_key_sums(torch.ones(1, 1, 128), mask).count.item() == 0
+
+
+def test_null_slot_mass_has_a_baseline_that_counts_the_slot():
+    mask = IntervalMask.causal(1, 64)
+    sums = null_slot_sums(torch.full((1, 3, 64), 0.25), mask)
+    assert sums.alpha.tolist() == [0.25] * 3
+    expected = sum(1 / (n + 1) for n in range(1, 65)) / 64
+    assert sums.baseline[0].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("window", [None, 70], ids=["causal", "window70"])
+def test_positions_of_uniform_attention_equal_their_baseline(window):
+    torch.manual_seed(0)
+    mask = IntervalMask.causal(2, 130)
+    mask = mask if window is None else mask.window(window)
+    q_BTHD = torch.zeros(2, 130, 3, 8)
+    key_mass_BHS = sink_attention(q_BTHD, q_BTHD, q_BTHD, mask).statistics.key_mass_BHS
+    sums = position_sums(key_mass_BHS, mask, positions=16)
+    assert sums.count.tolist() == [[2.0] * 16] * 3
+    torch.testing.assert_close(sums.alpha, sums.baseline)
+    assert sums.alpha[0, 0] > sums.alpha[0, 5] > 0
+
+
+def test_metrics_and_table_name_the_three_aggregations():
+    from train.metrics import SinkTotals
+
+    mask = IntervalMask.causal(2, 64)
+    mass_BHT = torch.zeros(2, 2, 64)
+    mass_BHT[0, 0] = 0.9
+    mass_BHT[:, 1] = 0.35
+    part = first_key_sums(mass_BHT, mask)
+    totals = SinkTotals(1, {"first": part.map(lambda v: v[None])})
+    metrics = sink_metrics(totals)
+    assert metrics["sink/mass"] == pytest.approx((0.45 + 0.35) / 2)
+    assert metrics["sink/rate_030"] == pytest.approx(3 / 4)
+    assert metrics["sink/rate_030_of_means"] == 1.0
+    assert metrics["sink/rate_080"] == pytest.approx(1 / 4)
+    assert metrics["sink/rate_080_of_means"] == 0.0
+    assert metrics["sink/mass/layer_00"] == metrics["sink/mass"]
+    assert not any("from_layer" in name for name in metrics)
+    table = sink_table(totals)
+    assert isinstance(table, pd.DataFrame)
+    assert table["over_030"].tolist() == [1, 2]
+    assert math.isclose(table["alpha"][0], 0.45, rel_tol=1e-6)

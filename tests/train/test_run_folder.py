@@ -1,0 +1,82 @@
+"""Names of run folders, and when a run may go on in one."""
+
+import json
+
+import pytest
+import yaml
+
+from kernels.errors import UserError
+from train.run_folder import (
+    RunFolder,
+    drop_after,
+    experiment_hash,
+    open_run_folder,
+    run_name,
+    write_run_files,
+)
+
+
+def settings(run_dir=None, resume=False, seed=0, max_steps=20) -> dict:
+    return {
+        "model": {"num_layers": 4},
+        "trainer": {"max_steps": max_steps},
+        "seed": seed,
+        "run_dir": None if run_dir is None else str(run_dir),
+        "resume": resume,
+        "cache_dir": ".cache",
+        "logger": {},
+    }
+
+
+def test_the_hash_depends_on_what_is_computed_only():
+    assert experiment_hash(settings()) == experiment_hash(settings(run_dir="x", resume=True))
+    assert experiment_hash(settings()) != experiment_hash(settings(seed=1))
+
+
+def test_the_name_tells_the_overrides_and_ends_with_the_hash():
+    name = run_name(settings(), ["model.num_layers=4", "+x=[1,2]", "resume=true", "experiment=a"])
+    assert name == f"num_layers=4_x=12-{experiment_hash(settings())}"
+    assert run_name(settings(), []).startswith("default-")
+
+
+def test_a_folder_in_use_is_refused_without_resume(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match="run_dir must be empty or missing"):
+        open_run_folder(settings(tmp_path), "default", [])
+
+
+def test_an_empty_or_missing_folder_is_taken(tmp_path):
+    for path in (tmp_path, tmp_path / "new"):
+        folder, resuming = open_run_folder(settings(path, resume=True), "default", [])
+        assert folder.path == path and not resuming
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_resume_may_change_its_length_only(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_run_files(folder, settings(tmp_path), {"n": 1})
+    folder.last.parent.mkdir()
+    folder.last.touch()
+    _, resuming = open_run_folder(settings(tmp_path, resume=True, max_steps=40), "default", [])
+    assert resuming
+    with pytest.raises(UserError, match=r"seed must stay 0 when a run is resumed, got 3"):
+        open_run_folder(settings(tmp_path, resume=True, seed=3), "default", [])
+
+
+def test_provenance_keeps_every_start(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_run_files(folder, settings(), {"n": 1})
+    write_run_files(folder, settings(), {"n": 2})
+    assert json.loads(folder.provenance.read_text()) == {"starts": [{"n": 1}, {"n": 2}]}
+    assert yaml.safe_load(folder.config.read_text()) == settings()
+
+
+def test_what_lies_after_the_checkpoint_is_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.sinks.mkdir()
+    for step in (8, 16):
+        (folder.sinks / f"part-{step:08d}.parquet").touch()
+        folder.checkpoint(step).mkdir(parents=True)
+    drop_after(folder, 8)
+    assert [p.name for p in folder.sinks.iterdir()] == ["part-00000008.parquet"]
+    assert folder.checkpoint(8).exists() and not folder.checkpoint(16).exists()

@@ -1,0 +1,172 @@
+"""Whole runs: what they leave, and that they go on exactly where they stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+PACKINGS = (
+    "causal,causal_document_bos,causal_pinned_bos,"
+    "document,document_document_bos,document_pinned_bos"
+)
+
+LONGER = (
+    "tracking.validate_every=10",
+    "tracking.log_every=2",
+    "tracking.sinks_every=4",
+    "tracking.last_every=10",
+)
+
+
+def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def metrics(run_dir: Path) -> pd.DataFrame:
+    """metrics.csv without speeds, which are never the same twice."""
+    table = pd.read_csv(run_dir / "metrics.csv")
+    return table.drop(columns=[name for name in table if name.startswith("perf/")])
+
+
+def sinks(run_dir: Path) -> pd.DataFrame:
+    return pd.read_parquet(run_dir / "sinks").sort_values(
+        ["step", "layer", "head", "key", "position"], ignore_index=True
+    )
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_run_leaves_every_file_of_its_folder(train, tmp_path, capsys):
+    assert train("tracking.figures=true") == 0
+    run = tmp_path / "run"
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    steps = (0, 1, 2, 3, 4)
+    expected = {
+        "config.yaml",
+        "provenance.json",
+        "metrics.csv",
+        "sinks/part-00000004.parquet",
+        "checkpoints/last.ckpt",
+        "figures/losses.png",
+        "figures/norm_ratios.png",
+        "figures/sinks_by_head.png",
+        "figures/sinks_by_layer.png",
+        *(f"checkpoints/step_{step:08d}/model.safetensors" for step in steps),
+        *(f"checkpoints/step_{step:08d}/model.json" for step in steps),
+    }
+    assert files == expected
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["num_layers"] == 2
+    start = json.loads((run / "provenance.json").read_text())["starts"][0]
+    assert start["versions"]["torch"] == torch.__version__
+    assert start["seed"] == 0 and start["data"]["store_sha256"]
+    table = metrics(run)
+    assert table["step"].tolist() == [0, 1, 2, 3, 4]
+    assert table["val/canonical_loss"].notna().tolist() == [True, False, False, False, True]
+    for name in ("train/loss", "sink/mass", "sink_row/mass", "norm_first/massive_ratio/layer_01"):
+        assert table[name].notna().sum() >= 4, name
+    table = sinks(run)
+    assert set(table["key"]) >= {"first", "first_row", "position"}
+    assert table["step"].unique().tolist() == [1, 2, 3, 4]
+    printed = capsys.readouterr().out
+    assert "unigram entropy" in printed and "experiment=bigram_backcopy" in printed
+
+
+def test_the_six_packings_run_as_a_sweep(cache_dir, tmp_path, monkeypatch):
+    from train.__main__ import command
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-m", f"packing={PACKINGS}", "debug=cpu", f"cache_dir={cache_dir}"]
+    assert command([*arguments, "trainer.max_steps=2", "corpus.unit=paragraphs"]) == 0
+    folders = {path.name: path for path in (tmp_path / "runs" / "default").iterdir()}
+    names = sorted(name.rsplit("-", 1)[0] for name in folders)
+    assert names == sorted(
+        f"packing={p}_debug=cpu_max_steps=2_unit=paragraphs" for p in PACKINGS.split(",")
+    )
+    assert len({metrics(folder)["train/loss"].iloc[-1] for folder in folders.values()}) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, workers):
+    same = (*LONGER, f"trainer.num_workers={workers}")
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(*same, "trainer.max_steps=20", run_dir=straight) == 0
+    assert train(*same, "trainer.max_steps=10", run_dir=resumed) == 0
+    assert train(*same, "trainer.max_steps=20", "resume=true", run_dir=resumed) == 0
+    assert_same_weights(weights(straight, 20), weights(resumed, 20))
+    pd.testing.assert_frame_equal(metrics(straight), metrics(resumed), check_exact=True)
+    pd.testing.assert_frame_equal(sinks(straight), sinks(resumed), check_exact=True)
+    starts = json.loads((resumed / "provenance.json").read_text())["starts"]
+    assert len(starts) == 2
+
+
+def test_a_killed_run_goes_on_without_a_missing_or_doubled_row(train, cache_dir, tmp_path):
+    same = (*LONGER, "trainer.max_steps=30")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert train(*same, run_dir=straight) == 0
+    arguments = ["debug=cpu", f"cache_dir={cache_dir}", f"run_dir={killed}", *same]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "WANDB_MODE": "disabled"},
+    )
+    # Killed after a checkpoint (step 10) and before the next one (step 20), rows in between.
+    deadline = time.monotonic() + 120
+    seen = -1
+    while seen < 14:
+        assert time.monotonic() < deadline and process.poll() is None
+        path = killed / "metrics.csv"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) > 1 and lines[-1].split(",")[0].isdigit():
+            seen = int(lines[-1].split(",")[0])
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (killed / "checkpoints" / "last.ckpt").exists()
+    assert train(*same, "resume=true", run_dir=killed) == 0
+    pd.testing.assert_frame_equal(metrics(straight), metrics(killed), check_exact=True)
+    pd.testing.assert_frame_equal(sinks(straight), sinks(killed), check_exact=True)
+    assert_same_weights(weights(straight, 30), weights(killed, 30))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(train, tmp_path):
+    run = tmp_path / "run"
+    assert train() == 0
+    expected = metrics(run)
+    (run / "checkpoints" / "last.ckpt").unlink()
+    assert train("resume=true") == 0
+    pd.testing.assert_frame_equal(metrics(run), expected, check_exact=True)
+
+
+def test_accumulation_changes_neither_gradient_nor_metrics(train, tmp_path):
+    # Padding and document borders give the micro-batches unequal numbers of labels.
+    same = ("packing=document_document_bos", "packing.packer=single", "corpus.unit=paragraphs")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(*same, "packing.micro_batch_rows=null", run_dir=whole) == 0
+    assert train(*same, "packing.micro_batch_rows=2", run_dir=parts) == 0
+    one, other = metrics(whole), metrics(parts)
+    # A batch's norms and largest logit are of the last micro-batch.
+    summed = [name for name in one if not name.startswith(("norm", "attention/"))]
+    pd.testing.assert_frame_equal(one[summed], other[summed], rtol=2e-5, atol=2e-6)
+    for name, tensor in weights(whole, 4).items():
+        torch.testing.assert_close(tensor, weights(parts, 4)[name], rtol=1e-3, atol=2e-5)
+
+
+def test_statistics_off_trains_the_same_weights(train, tmp_path):
+    on, off = tmp_path / "on", tmp_path / "off"
+    assert train(run_dir=on) == 0
+    assert train("tracking.statistics=off", run_dir=off) == 0
+    assert_same_weights(weights(on, 4), weights(off, 4))
+    assert not (off / "sinks").exists()

@@ -1,0 +1,85 @@
+"""``python -m train [overrides]``: train a decoder and measure its sinks; ``-m`` sweeps.
+
+A mistake in the settings ends in one line and exit code 2.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+# Hydra prints and exits by itself otherwise; here every error ends in one place, below.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kernels.errors import UserError
+from train.config import RunConfig, plain, register_configs
+
+register_configs()
+
+NOISE = ("object_type=", "reference_", "Config search path:", "provider=", "See https://", "^")
+"""Beginnings of lines of Hydra's messages that help nobody who mistyped a setting."""
+
+_failed_jobs: list[Exception] = []
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(settings: DictConfig) -> None:
+    # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
+    from train.run import run
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    chosen = HydraConfig.get()
+    try:
+        config = OmegaConf.to_object(settings)
+        assert isinstance(config, RunConfig)
+        run(
+            config,
+            settings=plain(settings),
+            experiment=chosen.runtime.choices.get("experiment") or "default",
+            overrides=list(chosen.overrides.task),
+        )
+    except (UserError, OmegaConfBaseException) as error:
+        # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
+        tell(error)
+        _failed_jobs.append(error)
+
+
+def tell(error: Exception) -> None:
+    """Print an error about settings as one line that names the setting and what is wrong."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        text = f"override {error.override!r} can't be parsed: {error.message}"
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException | UserError):
+        text = f"{text} {cause}"
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(NOISE)]
+    line = "; ".join(dict.fromkeys(kept)).replace(":; ", ": ")
+    print("error:", line, file=sys.stderr)
+
+
+def command(arguments: list[str]) -> int:
+    """Run ``python -m train`` with these arguments; returns the exit code."""
+    sys.argv = [sys.argv[0], *arguments]
+    _failed_jobs.clear()
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        tell(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: resume=true goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 2 if _failed_jobs else 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

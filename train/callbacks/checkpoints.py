@@ -1,0 +1,133 @@
+"""Keeping weights at log-spaced steps, and the full state that a resume starts from."""
+
+import os
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from kernels.errors import UserError
+from models.batch import PackedBatch
+from models.checkpoints import save_model
+from train.callbacks.sink_monitor import SinkMonitor
+from train.module import PretrainModule
+from train.run_folder import RunFolder
+from train.tracking import TrackingConfig, checkpoint_steps
+
+
+class CheckpointSchedule(Checkpoint):
+    """``checkpoints/step_00000128/`` at the steps of ``checkpoint_steps``; all are kept.
+
+    ``last.ckpt`` is replaced every ``tracking.last_every`` steps and at the end.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        folder: RunFolder,
+        max_steps: int,
+        sink_monitor: SinkMonitor | None,
+    ):
+        self.config = config
+        self.folder = folder
+        self.max_steps = max_steps
+        self.sink_monitor = sink_monitor
+        self.steps = set(checkpoint_steps(config, max_steps))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+        if trainer.global_step == 0:
+            self.keep(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: PretrainModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        if not pl_module.finished_step:
+            return
+        if step in self.steps:
+            self.keep(trainer, pl_module)
+        if step % self.config.last_every == 0 or step == self.max_steps:
+            self.save_state(trainer, pl_module)
+
+    def keep(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+        """Write the weights as of now, rank 0 only."""
+        if trainer.is_global_zero:
+            with pl_module.outside_training():
+                save_model(pl_module.decoder, self.folder.checkpoint(trainer.global_step))
+
+    def save_state(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+        """Replace last.ckpt; what was recorded before it is on disk first."""
+        with pl_module.outside_training():
+            if self.sink_monitor is not None:
+                self.sink_monitor.flush()
+            temporary = self.folder.last.with_suffix(".tmp")
+            trainer.save_checkpoint(temporary, weights_only=False)
+            if trainer.is_global_zero:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.folder.last)
+
+
+class RandomState(L.Callback):
+    """Carries the generators' states over a resume; Lightning's checkpoints have none."""
+
+    def __init__(self):
+        self._restored: dict[str, Any] | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        # As late as this, because building the data loader draws from the generators too.
+        state, self._restored = self._restored, None
+        if state is None:
+            return
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, key, *rest = state["numpy"]
+        np.random.set_state((name, np.array(key, dtype=np.uint32), *rest))
+
+    def state_dict(self) -> dict[str, Any]:
+        # Lists and tensors only, so that the file loads without executing anything.
+        version, words, gauss = random.getstate()
+        name, key, *rest = np.random.get_state()
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": [version, list(words), gauss],
+            "numpy": [name, key.tolist(), *rest],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+
+def check_state_file(folder: RunFolder, pl_module: PretrainModule) -> int:
+    """The step of last.ckpt. Raises UserError unless it can be read safely and fits the model."""
+    path = folder.last
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step, weights = int(state["global_step"]), state["state_dict"]
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    except Exception as error:
+        raise UserError(
+            f"run_dir must hold an intact checkpoint to resume ({type(error).__name__}), got {path}"
+        ) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in pl_module.state_dict().items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"run_dir must hold a checkpoint of this model to resume ({name} is "
+                f"{found.get(name)} there, {wanted.get(name)} here), got {path}"
+            )
+    return step

@@ -1,0 +1,133 @@
+"""The typed settings of a run, and their registration with Hydra.
+
+Each section's dataclass lies beside the class it configures; this module puts them together. A
+dictionary of variants (``ATTENTIONS``, ``CORPORA``, ...) becomes a Hydra group here, so a new
+variant needs no YAML: its file and its line in the dictionary make it a choice on the command line.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import hydra
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from data.corpora import CORPORA
+from data.packing import PackingConfig
+from data.tokenizers import TOKENIZERS
+from kernels.errors import require
+from models.attention import ATTENTIONS
+from models.decoder import DecoderConfig
+from train.loggers import LoggerConfig
+from train.optimizers import OPTIMIZERS
+from train.schedules import SCHEDULES
+from train.tracking import TrackingConfig
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Accelerator(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How long and on what a run trains."""
+
+    max_steps: int = 600
+    """Updates to make."""
+    accelerator: Accelerator = Accelerator.auto
+    """Where to train; auto takes a GPU when there is one."""
+    devices: int = 1
+    """Number of GPUs (or CPU processes)."""
+    precision: Precision = Precision.auto
+    """Arithmetic of forward and backward; auto = bf16 mixed precision on GPUs, fp32 on CPUs."""
+    num_workers: int = 0
+    """Processes that make batches; 0 makes them in the training process."""
+    deterministic: bool = True
+    """Only use operations that give the same bits every time."""
+    progress: bool = True
+    """Show a progress bar on a terminal, or a line now and then elsewhere."""
+
+    def __post_init__(self):
+        require(self.max_steps >= 1, "trainer.max_steps", "must be >= 1", self.max_steps)
+        require(self.devices >= 1, "trainer.devices", "must be >= 1", self.devices)
+        require(self.num_workers >= 0, "trainer.num_workers", "must be >= 0", self.num_workers)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    corpus: Any = MISSING
+    tokenizer: Any = MISSING
+    packing: PackingConfig = MISSING
+    model: DecoderConfig = MISSING
+    attention: Any = MISSING
+    optimizer: Any = MISSING
+    schedule: Any = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    seed: int = 0
+    """Seed of the initial weights."""
+    data_seed: int = 0
+    """Seed of the order of documents and rows."""
+    run_dir: str | None = None
+    """The run's folder; null = runs/<experiment>/<overrides>-<hash of the settings>."""
+    cache_dir: str = ".cache"
+    """Folder of tokenizers and token stores, shared by all runs."""
+    resume: bool = False
+    """Go on from the run folder's last.ckpt; a folder without one starts from the beginning."""
+
+    def __post_init__(self):
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            require(0 <= value < 2**31, name, "must be in [0, 2**31)", value)
+
+
+def register_configs() -> None:
+    """Tell Hydra's ConfigStore about every section and variant; may be called more than once."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    store.store(group="packing", name="base", node=PackingConfig)
+    store.store(group="model", name="base", node=DecoderConfig)
+    store.store(group="trainer", name="default", node=TrainerConfig)
+    store.store(group="tracking", name="default", node=TrackingConfig)
+    store.store(group="logger", name="default", node=LoggerConfig)
+    for name, variant in ATTENTIONS.items():
+        store.store(group="attention", name=name, node=variant.Config)
+    for name, variant in CORPORA.items():
+        store.store(group="corpus", name=name, node=variant.Config)
+    for name, variant in TOKENIZERS.items():
+        store.store(group="tokenizer", name=name, node=variant.Config)
+    for name, (config_class, _) in OPTIMIZERS.items():
+        store.store(group="optimizer", name=name, node=config_class)
+    for name, config_class in SCHEDULES.items():
+        store.store(group="schedule", name=name, node=config_class)
+
+
+def compose(overrides: list[str]) -> tuple[RunConfig, dict]:
+    """The run that ``python -m train <overrides>`` would make: typed, and as plain values."""
+    register_configs()
+    with initialize_config_module(config_module="conf", version_base="1.3"):
+        settings = hydra.compose(config_name="train", overrides=overrides)
+    config = OmegaConf.to_object(settings)
+    assert isinstance(config, RunConfig)
+    return config, plain(settings)
+
+
+def plain(settings: DictConfig) -> dict:
+    """Settings as dictionaries, lists, numbers and strings: what is hashed and stored."""
+    values = OmegaConf.to_container(settings, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return values

@@ -1,0 +1,146 @@
+"""Pictures of a run, drawn from its folder alone: ``figures/*.png``."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from train.run_folder import RunFolder
+
+matplotlib.use("Agg")
+
+LAYER_COLOURS = "viridis"
+BASELINE = {"color": "0.35", "linestyle": "--", "linewidth": 1.2}
+
+
+def draw_figures(folder: RunFolder) -> list[Path]:
+    """Draw what the folder's data allows and return the files.
+
+    losses: training and held-out loss; sinks_by_layer: the first key's mass by layer over steps;
+    sinks_by_head: its latest mean by layer and head; norm_ratios: of first tokens, by layer.
+    """
+    drawn = []
+    metrics = pd.read_csv(folder.metrics)
+    figures = {"losses": _losses(metrics)}
+    parts = sorted(folder.sinks.glob("part-*.parquet"))
+    if parts:
+        sinks = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+        first = sinks[sinks["key"] == "first"]
+        if len(first):
+            figures["sinks_by_layer"] = _sinks_by_layer(first)
+            figures["sinks_by_head"] = _sinks_by_head(first)
+        figures["norm_ratios"] = _norm_ratios(metrics)
+    for name, figure in figures.items():
+        if figure is None:
+            continue
+        path = folder.figures / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=150)
+        drawn.append(path)
+    return drawn
+
+
+def _new(width: float = 6.4, height: float = 4.0, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _log_steps(axis: Axes, steps: pd.Series) -> None:
+    # Log-spaced like the checkpoints; the recorded steps are all positive.
+    if steps.max() > steps.min() > 0:
+        axis.set_xscale("log")
+        axis.set_xlim(steps.min(), steps.max())
+    axis.set_xlabel("step")
+
+
+def _layer_colours(count: int) -> np.ndarray:
+    # Stops short of the palette's pale end, which is hard to see on white.
+    return matplotlib.colormaps[LAYER_COLOURS](np.linspace(0, 0.88, count))
+
+
+def _losses(metrics: pd.DataFrame) -> Figure:
+    figure, (axis,) = _new()
+    series = {
+        "train/loss": ("training", {"color": "0.6"}),
+        "val/own_loss": ("held out, packed alike", {"color": "tab:blue", "marker": "."}),
+        "val/canonical_loss": ("held out, canonical", {"color": "tab:red", "marker": "."}),
+    }
+    for name, (label, style) in series.items():
+        if name in metrics:
+            rows = metrics[["step", name]].dropna()
+            axis.plot(rows["step"], rows[name], label=label, **style)
+    axis.set(xlabel="step", ylabel="loss (nats a label)", title="Loss")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _sinks_by_layer(first: pd.DataFrame) -> Figure:
+    figure, (axis,) = _new()
+    layers = sorted(first["layer"].unique())
+    for layer, colour in zip(layers, _layer_colours(len(layers)), strict=True):
+        mass = first[first["layer"] == layer].groupby("step")["alpha"].mean()
+        axis.plot(mass.index, mass, color=colour, label=f"layer {layer}")
+    baseline = first.groupby("step")["baseline"].mean()
+    axis.plot(baseline.index, baseline, label="uniform attention", **BASELINE)
+    _log_steps(axis, first["step"])
+    axis.set_ylim(0, max(0.2, 1.1 * first.groupby(["step", "layer"])["alpha"].mean().max()))
+    axis.set_ylabel("mean attention to the first key")
+    axis.set_title("First key, first 64 queries of a row")
+    axis.legend(frameon=False, ncols=1 + len(layers) // 8, fontsize=8)
+    return figure
+
+
+def _sinks_by_head(first: pd.DataFrame) -> Figure:
+    step = first["step"].max()
+    grid = first[first["step"] == step].pivot(index="layer", columns="head", values="alpha")
+    layers, heads = grid.shape
+    figure, (axis,) = _new(width=2.6 + 0.45 * heads, height=1.8 + 0.4 * layers)
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
+    bright = image.norm(grid.to_numpy()) > 0.55
+    for (row, column), value in np.ndenumerate(grid.to_numpy()):
+        colour = "white" if bright[row, column] else "black"
+        if heads <= 16:
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=7)
+    axis.set_xticks(range(heads), grid.columns)
+    axis.set_yticks(range(layers), grid.index)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.set(xlabel="head", ylabel="layer", title=f"Attention to the first key, step {step}")
+    bar = figure.colorbar(image, ax=axis, label="mean attention")
+    uniform = first[first["step"] == step]["baseline"].mean()
+    bar.ax.axhline(uniform, **BASELINE)
+    bar.ax.text(
+        1.15, uniform, " uniform", va="center", size=7, transform=bar.ax.get_yaxis_transform()
+    )
+    return figure
+
+
+def _norm_ratios(metrics: pd.DataFrame) -> Figure | None:
+    panels = {
+        "norm_first/massive_ratio": "hidden state of the row's first token",
+        "norm_first/value_ratio": "value of the row's first token",
+    }
+    columns = {
+        panel: sorted(name for name in metrics if name.startswith(f"{panel}/")) for panel in panels
+    }
+    if not all(columns.values()):
+        return None
+    figure, axes = _new(width=9.6, columns=2)
+    for axis, (panel, title) in zip(axes, panels.items(), strict=True):
+        names = columns[panel]
+        for name, colour in zip(names, _layer_colours(len(names)), strict=True):
+            rows = metrics[["step", name]].dropna()
+            label = name.rsplit("/", 1)[1].replace("_0", " ").replace("_", " ")
+            axis.plot(rows["step"], rows[name], color=colour, label=label)
+        axis.axhline(1, **BASELINE)
+        axis.set_yscale("log")
+        _log_steps(axis, rows["step"])
+        axis.set(ylabel="norm over the median of ordinary tokens", title=title)
+    axes[0].legend(frameon=False, fontsize=8, ncols=1 + len(columns[panel]) // 8)
+    return figure

@@ -1,0 +1,125 @@
+"""The LightningModule: one micro-batch in, its share of the global batch's loss out."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention import StatisticsLevel
+from models.batch import IGNORE_LABEL, PackedBatch
+from models.decoder import Decoder, LayerRecord
+from train.optimizers import OptimizerConfig, build_optimizer
+from train.schedules import ScheduleConfig
+
+
+def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy in nats summed over the labelled positions, fp32 or better, a scalar."""
+    logits_NV = logits_BTV.flatten(0, 1)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    labels_N = labels_BT.flatten()
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_LABEL, reduction="sum")
+
+
+class PretrainModule(L.LightningModule):
+    """Trains a decoder on packed rows.
+
+    The loss of a micro-batch is its summed cross-entropy over the number of labelled tokens in the
+    *whole* global batch, so that micro-batches and ranks with unequal numbers of labels give the
+    gradient and the metrics of one big batch.
+
+    For callbacks, of the last micro-batch: ``layers`` (the attention's statistics by layer) and
+    ``key_mass_taps`` (whose gradients are the key mass by layer after the backward pass). Metrics
+    gathered with ``record`` become one row of the loggers at the end of the step.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        total_steps: int,
+        statistics: StatisticsLevel,
+        tokens_per_step: int,
+    ):
+        super().__init__()
+        self.decoder = decoder
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.statistics = statistics
+        self.tokens_per_step = tokens_per_step
+        self.layers: tuple[LayerRecord, ...] = ()
+        self.key_mass_taps: list[Tensor] = []
+        self.recorded: dict[str, float] = {}
+        # Loss and gradient norm since the last record: [loss sum, steps, gradient norm sum].
+        self.register_buffer("loss_since_record", torch.zeros(3, dtype=torch.float64))
+        self.seconds_outside = 0.0
+        self._step_before = -1
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Add metrics to the current step's row."""
+        self.recorded |= metrics
+
+    @contextmanager
+    def outside_training(self) -> Iterator[None]:
+        """Time spent in here (validation, checkpoints) is not the training's."""
+        start = time.perf_counter()
+        yield
+        self.seconds_outside += time.perf_counter() - start
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, all ranks: the rows' positions, padding included."""
+        return self.trainer.global_step * self.tokens_per_step
+
+    @property
+    def finished_step(self) -> bool:
+        """Whether the micro-batch just done was its step's last."""
+        return self._step_before != self.trainer.global_step
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        self._step_before = self.trainer.global_step
+        tracked = self.statistics is not StatisticsLevel.off
+        self.key_mass_taps = self.decoder.key_mass_taps(batch) if tracked else []
+        output = self.decoder(
+            batch, statistics=self.statistics, key_mass_taps=self.key_mass_taps or None
+        )
+        self.layers = output.layers
+        share = summed_cross_entropy(output.logits_BTV, batch.labels_BT) / batch.num_labels
+        self.loss_since_record[0] += share.detach()
+        # Lightning divides by the micro-batches and averages over ranks; the sum is what is meant.
+        return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        # Lightning's own clipping refuses fused optimizers under mixed precision, because a
+        # gradient scaler might be at work; bf16 has none.
+        clip = self.optimizer_config.clip
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters(), float("inf") if clip is None else clip
+        )
+        self.loss_since_record[1] += 1
+        self.loss_since_record[2] += norm
+
+    def take_losses(self) -> dict[str, float]:
+        """``train/loss`` and ``train/gradient_norm``, means over the steps since the last call."""
+        total = self.trainer.strategy.reduce(self.loss_since_record[0], reduce_op="sum").item()
+        _, steps, norm = self.loss_since_record.tolist()
+        self.loss_since_record.zero_()
+        return {"train/loss": total / steps, "train/gradient_norm": norm / steps}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.decoder, self.optimizer_config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.schedule.factor(step, self.total_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

@@ -1,0 +1,181 @@
+"""One run, from its settings to its folder."""
+
+import time
+from dataclasses import asdict
+
+import lightning as L
+import torch
+from rich.console import Console
+
+from data.module import TokenDataModule
+from kernels.attention import StatisticsLevel
+from kernels.errors import UserError
+from models.decoder import Decoder
+from train.callbacks.checkpoints import CheckpointSchedule, RandomState, check_state_file
+from train.callbacks.progress import ProgressDisplay
+from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
+from train.callbacks.sink_monitor import SinkMonitor
+from train.config import Accelerator, Precision, RunConfig, TrainerConfig
+from train.figures import draw_figures
+from train.loggers import MetricsCSV, build_wandb_logger
+from train.module import PretrainModule
+from train.run_folder import (
+    RunFolder,
+    drop_after,
+    experiment_hash,
+    open_run_folder,
+    provenance,
+    write_run_files,
+)
+from train.schedules import check_schedule
+from train.summary import print_summary
+
+
+def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[str]) -> Validation:
+    """Train as ``config`` says and leave the run folder; returns the last validation.
+
+    settings: ``config`` as plain values, which is what is hashed and stored. Every check that can
+    fail runs before the first file is written; a user's mistake raises UserError.
+    """
+    console = Console()
+    accelerator, precision = _device(config.trainer)
+    total_steps = check_schedule(config.schedule, config.trainer.max_steps)
+    folder, resuming = open_run_folder(settings, experiment, overrides)
+
+    data = TokenDataModule(
+        config.corpus,
+        config.tokenizer,
+        config.packing,
+        cache_dir=config.cache_dir,
+        data_seed=config.data_seed,
+        num_workers=config.trainer.num_workers,
+        canonical_rows=config.tracking.canonical_rows,
+    )
+    accumulation = data.accumulation(config.trainer.devices)
+    start = time.perf_counter()
+    data.setup()
+    L.seed_everything(config.seed, verbose=False)
+    module = PretrainModule(
+        Decoder(config.model, config.attention, data.vocab_size),
+        config.optimizer,
+        config.schedule,
+        total_steps,
+        config.tracking.statistics,
+        config.packing.batch_tokens,
+    )
+    step = check_state_file(folder, module) if resuming else -1
+    if step >= config.trainer.max_steps:
+        raise UserError(
+            f"trainer.max_steps must be > {step} to go on with the run in {folder.path}, "
+            f"got {config.trainer.max_steps}"
+        )
+
+    _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
+    device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
+    write_run_files(folder, settings, provenance(settings, device, _data_provenance(data)))
+    drop_after(folder, step)
+    metrics = MetricsCSV(folder.metrics)
+    metrics.keep_until(step)
+    run_id = f"{experiment_hash(settings)}-{folder.path.name[-40:]}".replace("=", "-")
+    wandb_logger = build_wandb_logger(config.logger, folder.path, run_id, settings)
+
+    validation, rows, callbacks = _callbacks(config, data, folder, console)
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=config.trainer.devices,
+        precision=precision,
+        max_steps=config.trainer.max_steps,
+        accumulate_grad_batches=accumulation,
+        deterministic=config.trainer.deterministic,
+        callbacks=callbacks,
+        logger=[metrics] if wandb_logger is None else [metrics, wandb_logger],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        default_root_dir=folder.path,
+    )
+    started = time.perf_counter()
+    ckpt_path = str(folder.last) if resuming else None
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    training_seconds = time.perf_counter() - started - module.seconds_outside
+    if trainer.is_global_zero:
+        figures = draw_figures(folder) if config.tracking.figures else []
+        if wandb_logger is not None:
+            wandb_logger.log_image("figures", [str(path) for path in figures])
+            wandb_logger.experiment.finish()
+        print_summary(console, folder, data, validation.latest, rows.latest, training_seconds)
+    return validation
+
+
+def _device(trainer: TrainerConfig) -> tuple[str, str]:
+    """Lightning's names of accelerator and precision. Raises UserError for what isn't there."""
+    accelerator = trainer.accelerator
+    if accelerator is Accelerator.auto:
+        accelerator = Accelerator.gpu if torch.cuda.is_available() else Accelerator.cpu
+    if accelerator is Accelerator.gpu:
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise UserError("trainer.accelerator must be cpu where there is no GPU, got gpu")
+        if trainer.devices > count:
+            raise UserError(f"trainer.devices must be <= {count} GPUs, got {trainer.devices}")
+    precision = trainer.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if accelerator is Accelerator.gpu else Precision.fp32
+    return accelerator.value, {Precision.bf16: "bf16-mixed", Precision.fp32: "32-true"}[precision]
+
+
+def _callbacks(
+    config: RunConfig, data: TokenDataModule, folder: RunFolder, console: Console
+) -> tuple[Validation, RowWriter, list[L.Callback]]:
+    """The callbacks in the order in which they must run: measure, write the row, checkpoint."""
+    tracking, max_steps = config.tracking, config.trainer.max_steps
+    sink_monitor = None
+    if tracking.statistics is not StatisticsLevel.off:
+        sink_monitor = SinkMonitor(tracking, folder.sinks, config.model.num_layers)
+    validation = Validation(tracking, data, max_steps)
+    rows = RowWriter(tracking)
+    callbacks = [
+        RandomState(),
+        ThroughputMonitor(tracking, config.packing.context),
+        validation,
+        rows,
+        CheckpointSchedule(tracking, folder, max_steps, sink_monitor),
+    ]
+    if sink_monitor is not None:
+        callbacks.insert(1, sink_monitor)
+    if config.trainer.progress:
+        callbacks.append(ProgressDisplay(console, rows, max_steps))
+    return validation, rows, callbacks
+
+
+def _data_provenance(data: TokenDataModule) -> dict:
+    """What was trained on, and what packing did to it."""
+    return {
+        "sha256": data.sha256,
+        "store_sha256": data.corpus.store.sha256,
+        "tokenizer_sha256": data.tokenizer.sha256,
+        "packing": asdict(data.report),
+    }
+
+
+def _print_start(
+    console: Console,
+    config: RunConfig,
+    module: PretrainModule,
+    data: TokenDataModule,
+    folder: RunFolder,
+    step: int,
+    seconds: float,
+) -> None:
+    parameters = module.decoder.num_parameters()
+    lines = [
+        f"model    {config.model.num_layers} layers, {parameters.total / 1e6:.2f}M parameters "
+        f"({parameters.non_embedding / 1e6:.2f}M without embeddings)",
+        *data.describe(),
+        f"run      {folder.path}" + (f", going on from step {step}" if step >= 0 else ""),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)

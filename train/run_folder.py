@@ -1,0 +1,222 @@
+"""The folder a run leaves: its name, its provenance, and the rules for going on in it.
+
+    runs/<experiment>/<name>/
+        config.yaml         every setting, resolved
+        provenance.json     commit, versions, device, seeds, command, data
+        metrics.csv         one row a logged step
+        sinks/              part-<step>.parquet: every layer and head
+        checkpoints/        step_00000128/ (weights and model config), last.ckpt (training state)
+        figures/            what was drawn from these files
+        wandb/              the W&B run
+
+``<name>`` is the overrides in readable form and eight hex digits of the settings' hash, seeds
+included: equal settings mean the same folder, different ones never share it.
+"""
+
+import hashlib
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kernels.errors import UserError
+from train.files import write_atomically, write_json
+
+NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
+"""Settings that don't change what is computed, so they are left out of the hash."""
+
+MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
+"""Settings of the experiment that a resumed run may nevertheless change."""
+
+PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def sinks(self) -> Path:
+        return self.path / "sinks"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:08d}"
+
+
+def experiment_hash(settings: dict) -> str:
+    """Eight hex digits of everything in ``settings`` that decides what is computed."""
+    kept = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(settings: dict, overrides: list[str]) -> str:
+    """Readable overrides, then the hash: ``packing=document_seed=1-0a1b2c3d``."""
+    told = [
+        re.sub(r"[^A-Za-z0-9_.=+-]", "", override.split(".")[-1].lstrip("+~"))
+        for override in overrides
+        if override.lstrip("+~").split("=")[0].split(".")[0]
+        not in (*NOT_THE_EXPERIMENT, "experiment")
+    ]
+    readable = "_".join(told)[:100] or "default"
+    return f"{readable}-{experiment_hash(settings)}"
+
+
+def open_run_folder(
+    settings: dict, experiment: str, overrides: list[str]
+) -> tuple[RunFolder, bool]:
+    """The folder for these settings, and whether a run goes on in it. Writes nothing.
+
+    Raises UserError for a folder in use without ``resume=true``, and for a resume whose settings
+    differ from the folder's in anything but ``MAY_CHANGE_ON_RESUME``.
+    """
+    given = settings["run_dir"]
+    path = Path(given) if given else Path("runs") / experiment / run_name(settings, overrides)
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run_dir must be a folder, got the file {path}")
+    in_use = path.exists() and any(path.iterdir())
+    if in_use and not settings["resume"]:
+        raise UserError(f"run_dir must be empty or missing (resume=true goes on in it), got {path}")
+    if not in_use:
+        return folder, False
+    if not folder.config.exists():
+        raise UserError(f"run_dir must be a run folder to resume (no config.yaml), got {path}")
+    _check_settings_agree(_read_config(folder.config), settings)
+    return folder, folder.last.exists()
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"run_dir must hold a readable config.yaml, got {path}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"run_dir must hold a readable config.yaml, got {path}")
+    return settings
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _check_settings_agree(old: dict, new: dict) -> None:
+    kept_old, kept_new = (
+        {
+            name: value
+            for name, value in _flat(settings).items()
+            if name.split(".")[0] not in NOT_THE_EXPERIMENT and name not in MAY_CHANGE_ON_RESUME
+        }
+        for settings in (old, new)
+    )
+    for name in sorted(kept_old.keys() | kept_new.keys()):
+        before, now = kept_old.get(name), kept_new.get(name)
+        if before != now:
+            raise UserError(f"{name} must stay {before!r} when a run is resumed, got {now!r}")
+
+
+def drop_after(folder: RunFolder, step: int) -> None:
+    """Delete what a run recorded after ``step`` (-1: everything): going on records it again.
+
+    The rows of metrics.csv are its logger's matter (``MetricsCSV.keep_until``).
+    """
+    for part in folder.sinks.glob("part-*.parquet"):
+        if int(part.stem.removeprefix("part-")) > step:
+            part.unlink()
+    for kept in folder.last.parent.glob("step_*"):
+        if int(kept.name.removeprefix("step_")) > step:
+            shutil.rmtree(kept)
+
+
+def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> None:
+    """Write config.yaml and provenance.json; a resume adds to the list of its starts."""
+    starts = []
+    if folder.provenance.exists():
+        try:
+            starts = json.loads(folder.provenance.read_text())["starts"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"run_dir must hold a readable provenance.json, got {folder.provenance}"
+            ) from error
+    write_atomically(folder.config, yaml.safe_dump(settings, sort_keys=False).encode())
+    write_json(folder.provenance, {"starts": [*starts, provenance]})
+
+
+def provenance(settings: dict, device: str, data: dict) -> dict:
+    """What is needed to know where a number came from: one start of a run."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "hash": experiment_hash(settings),
+        "git": _git_state(),
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seed": settings["seed"],
+        "data_seed": settings["data_seed"],
+        "data": data,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code and whether it had uncommitted changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

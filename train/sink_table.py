@@ -1,0 +1,123 @@
+"""Sink sums as what is written down: scalar metrics for curves, a table with every head.
+
+Three ways to aggregate a sink rate are in use and differ; each has its name here:
+
+    rate_030            threshold each sample, then average (the default; arXiv 2410.10781's code)
+    rate_030_of_means   average alpha over samples, then threshold
+    mass                no threshold: mean alpha
+"""
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from kernels.attention import Statistics
+from kernels.masks import IntervalMask
+from train.metrics import THRESHOLDS, SinkTotals
+
+PREFIXES = {
+    "first": "sink",
+    "first_row": "sink_row",
+    "document": "sink_document",
+    "null": "sink_null",
+}
+"""Metric prefix by kind of key; single positions are in the table only."""
+
+LOGGED_THRESHOLDS = (0.3, 0.8)
+"""Thresholds whose rates are metrics: arXiv 2410.10781's and 2504.02732's; the table has all."""
+
+LATER_LAYERS = 2
+"""Layers 0 and 1 rarely sink, so a rate is given without them too (arXiv 2603.06591)."""
+
+
+def threshold_name(eps: float) -> str:
+    """0.3 -> "030"."""
+    return f"{round(100 * eps):03d}"
+
+
+def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dict[str, float]:
+    """``<prefix>/{mass,baseline,excess,rate_030,...}`` and ``<prefix>/<...>/layer_03``.
+
+    Means over samples and heads of a layer, then over layers; kinds without samples are left out.
+    """
+    metrics: dict[str, float] = {}
+    for kind, prefix in prefixes.items():
+        sums = totals.sums.get(kind)
+        if sums is None or not bool((sums.count > 0).all()):
+            continue
+        mass_LH = sums.alpha / sums.count
+        baseline_LH = sums.baseline / sums.count
+        values_LH = {
+            "mass": mass_LH,
+            "baseline": baseline_LH,
+            "excess": mass_LH - baseline_LH,
+        }
+        for eps in LOGGED_THRESHOLDS:
+            name = f"rate_{threshold_name(eps)}"
+            values_LH[name] = sums.over[..., THRESHOLDS.index(eps)] / sums.count
+            values_LH[f"{name}_of_means"] = (mass_LH > eps).to(mass_LH.dtype)
+        for name, value_LH in values_LH.items():
+            metrics[f"{prefix}/{name}"] = value_LH.mean().item()
+        for eps in LOGGED_THRESHOLDS:
+            rate_LH = values_LH[f"rate_{threshold_name(eps)}"][LATER_LAYERS:]
+            if len(rate_LH):
+                key = f"{prefix}/rate_{threshold_name(eps)}_from_layer_{LATER_LAYERS}"
+                metrics[key] = rate_LH.mean().item()
+        for name in ("mass", "excess", "rate_030"):
+            by_layer = values_LH[name].mean(-1).tolist()
+            metrics |= {f"{prefix}/{name}/layer_{i:02d}": v for i, v in enumerate(by_layer)}
+    return metrics
+
+
+def attention_metrics(statistics: list[Statistics], masks: list[IntervalMask]) -> dict[str, float]:
+    """``attention/max_logit`` and (level full) ``attention/entropy`` of one batch, nats.
+
+    The largest scaled score over rows and heads; the mean entropy over non-empty queries.
+    """
+    largest = [layer.max_logit_BH.amax() for layer in statistics]
+    metrics = _with_layers("attention/max_logit", torch.stack(largest), torch.amax)
+    if statistics[0].entropy_BHT is not None:
+        means = []
+        for layer, mask in zip(statistics, masks, strict=True):
+            seen_BT = mask.keys_per_query_BT() > 0
+            total_BT = layer.entropy_BHT.mean(1) * seen_BT
+            means.append(total_BT.sum() / seen_BT.sum())
+        metrics |= _with_layers("attention/entropy", torch.stack(means), torch.mean)
+    return metrics
+
+
+def _with_layers(name: str, value_L: Tensor, whole) -> dict[str, float]:
+    by_layer = {f"{name}/layer_{i:02d}": v for i, v in enumerate(value_L.tolist())}
+    return {name: whole(value_L).item(), **by_layer}
+
+
+def sink_table(totals: SinkTotals) -> pd.DataFrame:
+    """One line a (layer, head, key): key kind, position (-1 but for positions), count of samples,
+    mean alpha and baseline, and the number of samples above each threshold."""
+    tables = []
+    for kind, sums in totals.sums.items():
+        count, alpha, baseline, over = (
+            value if kind == "position" else value.unsqueeze(2)
+            for value in (sums.count, sums.alpha, sums.baseline, sums.over)
+        )
+        layer, head, place = torch.meshgrid(
+            *(torch.arange(size) for size in count.shape), indexing="ij"
+        )
+        columns = {
+            "layer": layer.flatten().to(torch.int16).numpy(),
+            "head": head.flatten().to(torch.int16).numpy(),
+            "key": kind,
+            "position": (place if kind == "position" else place - 1)
+            .flatten()
+            .to(torch.int32)
+            .numpy(),
+            "count": count.flatten().to(torch.int64).numpy(),
+            "alpha": (alpha / count).flatten().numpy(),
+            "baseline": (baseline / count).flatten().numpy(),
+        }
+        for index, eps in enumerate(THRESHOLDS):
+            name = f"over_{threshold_name(eps)}"
+            columns[name] = over[..., index].flatten().to(torch.int64).numpy()
+        table = pd.DataFrame(columns)
+        tables.append(table[table["count"] > 0])
+    return pd.concat(tables, ignore_index=True)
