@@ -1,7 +1,7 @@
 """Batches on their way from a worker process: one buffer instead of a dozen tensors.
 
 Handing a tensor to another process costs a file of shared memory, a descriptor and a mapping, far
-more than copying what it holds: eight small tensors took 12 ms where one buffer took 5 ms.
+more than copying what it holds: 1.3 MB took 12 ms as eight tensors and 5 ms as one buffer.
 """
 
 from __future__ import annotations

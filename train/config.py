@@ -42,7 +42,7 @@ class Accelerator(StrEnum):
 class TrainerConfig:
     """How long and on what a run trains."""
 
-    max_steps: int = 600
+    max_steps: int = 1000
     """Updates to make."""
     accelerator: Accelerator = Accelerator.auto
     """Where to train; auto takes a GPU when there is one."""

@@ -104,7 +104,8 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     if trainer.is_global_zero:
         figures = draw_figures(folder) if config.tracking.figures else []
         if wandb_logger is not None:
-            wandb_logger.log_image("figures", [str(path) for path in figures])
+            for path in figures:
+                wandb_logger.log_image(f"figures/{path.stem}", [str(path)])
             wandb_logger.experiment.finish()
         print_summary(console, folder, data, validation.latest, rows.latest, training_seconds)
     return validation

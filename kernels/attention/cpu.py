@@ -5,7 +5,20 @@ probabilities P are written out there: out = P v, and each statistic is one chea
 same block (a sum, a maximum, a column). Blocks of keys that no query of the block sees are left
 out. P is kept for the backward pass up to ``KEEP_BYTES`` a call, else rebuilt from lse.
 
-MEASURED
+Measured on two cores with AVX-512 (torch 2.11): forward + backward of (B, H, T, D) =
+(16, 4, 256, 32), and a training step of a plain causal model around it (4 layers, width 128, 4096
+tokens); milliseconds.
+
+                                    causal   documents   step   step with AVX2 (torch 2.13)
+    F.scaled_dot_product_attention      19          23    303    385
+    off                                 27          30    309    390
+    basic                               28          32    312    389
+    full                                39          40    411    432
+    reference, basic                    97         103    655    619
+
+Alone, a call pays for fresh memory that a training step has at hand: with the allocator told to
+keep it, the first column reads 16, 19, 20. Rebuilding P costs about 4 ms a call; a pass for the
+statistics behind PyTorch's own fast attention would have to pay that too.
 
 Axes: B rows of the batch, T query positions, S key positions (S = T), H query heads, G key/value
 heads, D query/key head dim, E value head dim. In a tile, n = rows of the batch x heads,
@@ -131,8 +144,8 @@ def _forward(
     out_BTHE, lse_BHT, kept, first_BHT, document_BHT, key_BHS, max_BH, entropy_BHT = outputs
     for total in (out_BTHE, first_BHT, document_BHT, key_BHS, entropy_BHT):
         total.zero_()
-    top_BHT = torch.zeros_like(lse_BHT)
-    share_BHT = torch.ones_like(lse_BHT)
+    # A row's largest score, and the P of that key without the null slot.
+    top_BHT, share_BHT = torch.zeros_like(lse_BHT), torch.ones_like(lse_BHT)
 
     q_BHTD = heads_first(q_BTHD, num_heads, scale)
     k_BHSD = heads_first(k_BSGD, num_heads)
@@ -144,6 +157,7 @@ def _forward(
         # A row of -inf would make softmax NaN.
         mask.empty_(p_bHrc, tile)
         top_BHT[b, :, r] = p_bHrc.amax(-1)
+        # In place: a row is read before it is written.
         torch.softmax(p_bHrc, -1, out=p_bHrc)
         share_BHT[b, :, r] = p_bHrc.amax(-1)
         if null_logit_BHT is not None:

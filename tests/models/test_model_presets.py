@@ -11,6 +11,7 @@ from models.decoder import Decoder, DecoderConfig
 
 FOLDER = Path(__file__).parents[2] / "conf" / "model"
 VOCABULARY_AND_COUNTS = {
+    "backcopy": (85, 41_152, 16_384),
     "cpu": (1024, 803_968, 131_072),
     "gu60m": (50_432, 58_998_528, 77_463_552),
     "barbero120m": (32_000, 70_798_080, 49_152_000),
