@@ -6,7 +6,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from train.run_folder import RunFolder
 
@@ -56,7 +58,15 @@ def _log_steps(axis: Axes, steps: pd.Series) -> None:
     if steps.max() > steps.min() > 0:
         axis.set_xscale("log")
         axis.set_xlim(steps.min(), steps.max())
+        _plain_numbers(axis.xaxis)
     axis.set_xlabel("step")
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _layer_colours(count: int) -> np.ndarray:
@@ -140,6 +150,7 @@ def _norm_ratios(metrics: pd.DataFrame) -> Figure | None:
             axis.plot(rows["step"], rows[name], color=colour, label=label)
         axis.axhline(1, **BASELINE)
         axis.set_yscale("log")
+        _plain_numbers(axis.yaxis)
         _log_steps(axis, rows["step"])
         axis.set(ylabel="norm over the median of ordinary tokens", title=title)
     axes[0].legend(frameon=False, fontsize=8, ncols=1 + len(columns[panel]) // 8)

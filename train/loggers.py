@@ -115,6 +115,8 @@ def build_wandb_logger(
     # An empty variable means unset to a shell user but is an error to W&B.
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]
+    # The run says itself where things are; W&B's own lines would run through the table.
+    os.environ.setdefault("WANDB_SILENT", "true")
     logger = WandbLogger(
         project=config.project,
         name=run_dir.name,

@@ -27,8 +27,8 @@ class BigramBackcopyConfig:
     triggers: list[str] | None = None
     """The triggers by name instead, each the text of one token; null = by num_triggers."""
 
-    document_tokens: int = 256
-    """Tokens of every document, BOS and EOS not counted."""
+    document_tokens: int = 255
+    """Tokens of every document, BOS and EOS not counted; 255 and a BOS fill a row of 256."""
 
     documents: int = 4096
     """Documents generated for an epoch; every epoch has fresh ones."""

@@ -1,0 +1,106 @@
+"""Every shipped preset composes and trains, and the README tells the truth about choices."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from train.config import compose
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+README = (ROOT / "README.md").read_text()
+
+
+def yaml_choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_trains_under_debug(train, name):
+    assert train(f"experiment={name}", "trainer.max_steps=2") == 0
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_at_full_size_and_tells_its_command(name):
+    config, _ = compose([f"experiment={name}"])
+    assert config.trainer.max_steps > 100
+    assert f"experiment={name}" in (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("group", ["model", "packing", "corpus", "tokenizer"])
+def test_every_choice_in_yaml_composes(group):
+    for name in yaml_choices(group):
+        compose([f"{group}={name}"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_stable_decay"])
+def test_every_optimizer_and_schedule_trains(train, tmp_path, optimizer, schedule):
+    overrides = (f"optimizer={optimizer}", f"schedule={schedule}", "optimizer.lr=0.01")
+    assert train(*overrides, "schedule.warmup_steps=1", "trainer.max_steps=3") == 0
+    losses = pd.read_csv(tmp_path / "run" / "metrics.csv")["train/loss"].dropna()
+    assert losses.iloc[-1] < losses.iloc[0]
+
+
+def test_gu60m_is_what_the_papers_code_does():
+    config, _ = compose(["experiment=gu60m"])
+    assert config.packing.batch_tokens == 512 * 2048
+    assert config.optimizer.decay == "all" and config.optimizer.weight_decay == 0.1
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.clip) == (0.9, 0.95, 1)
+    assert config.schedule.warmup_steps == 100
+    assert config.schedule.factor(19_999, 20_000) == 1.0
+    assert config.packing.eos and config.packing.bos == "none"
+    assert config.tokenizer.bos == config.tokenizer.eos
+    assert config.model.initialization == "gu"
+
+
+def test_the_readme_names_every_choice():
+    from data.corpora import CORPORA
+    from data.tokenizers import TOKENIZERS
+    from models.attention import ATTENTIONS
+    from train.optimizers import OPTIMIZERS
+    from train.schedules import SCHEDULES
+
+    rows = dict(re.findall(r"^\| (`[a-z`, ]+) \| (.+) \|$", README, flags=re.MULTILINE))
+    expected = {
+        "`corpus`": {*CORPORA, *yaml_choices("corpus")},
+        "`tokenizer`": {*TOKENIZERS, *yaml_choices("tokenizer")},
+        "`packing`": set(yaml_choices("packing")),
+        "`model`": set(yaml_choices("model")),
+        "`attention`": set(ATTENTIONS),
+        "`optimizer`, `schedule`": {*OPTIMIZERS, *SCHEDULES},
+        "`experiment`": set(EXPERIMENTS),
+        "`debug`": set(yaml_choices("debug")),
+    }
+    for group, choices in expected.items():
+        for choice in choices:
+            assert f"`{choice}`" in rows[group], (group, choice)
+
+
+def test_the_readmes_metrics_are_those_of_a_run(train, tmp_path):
+    overrides = ("tracking.statistics=full", "corpus.unit=paragraphs", "packing.context=256")
+    assert train(*overrides, "model.num_layers=3") == 0
+    logged = set(pd.read_csv(tmp_path / "run" / "metrics.csv").columns)
+    table = README.split("| name | formula | paper |")[1].split("\n\n")[0]
+    first_cells = " ".join(line.split(" | ")[0] for line in table.splitlines())
+    named = re.findall(r"`([a-z0-9_]+/[a-z0-9_/.]+)`", first_cells)
+    # No null slot in softmax, no triggers in text, no known peak of a CPU.
+    elsewhere = {"sink_null/...", "perf/mfu", "backcopy/non_trigger_mass", "backcopy/trigger_mass"}
+    assert len(named) > 25
+    for name in set(named) - elsewhere:
+        prefix = name.removesuffix("...")
+        assert any(column.startswith(prefix) for column in logged), name
+
+
+def test_the_readmes_snippet_loads_and_exports(train, tmp_path, monkeypatch):
+    assert train("packing=causal") == 0
+    snippet = README.split("A run's end in Python:\n\n")[1].split("\n\n")[0]
+    code = "\n".join(line.strip() for line in snippet.splitlines())
+    step = tmp_path / "run" / "checkpoints" / "step_00000004"
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("runs/.../checkpoints/step_00000128", str(step)), {})
+    config = yaml.safe_load((tmp_path / "exported" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
