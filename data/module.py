@@ -186,6 +186,10 @@ class TokenDataModule(LightningDataModule):
 
     def own_batches(self) -> list[PackedBatch]:
         """The first held-out rows, packed as in training."""
+        return self._own_batches
+
+    @cached_property
+    def _own_batches(self) -> list[PackedBatch]:
         return own_batches(
             self.validation,
             self.packing,

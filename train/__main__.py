@@ -66,6 +66,11 @@ def tell(error: Exception) -> None:
     print("error:", line, file=sys.stderr)
 
 
+def _interrupted() -> int:
+    print("interrupted: resume=true goes on from the last checkpoint", file=sys.stderr)
+    return 130
+
+
 def command(arguments: list[str]) -> int:
     """Run ``python -m train`` with these arguments; returns the exit code."""
     sys.argv = [sys.argv[0], *arguments]
@@ -76,8 +81,10 @@ def command(arguments: list[str]) -> int:
         tell(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: resume=true goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return _interrupted()
+    except SystemExit as stop:
+        # Lightning ends an interrupted run like this; Hydra ends --help with 0.
+        return _interrupted() if stop.code == 1 else int(stop.code or 0)
     return 2 if _failed_jobs else 0
 
 

@@ -46,8 +46,6 @@ class TrainerConfig:
     """Updates to make."""
     accelerator: Accelerator = Accelerator.auto
     """Where to train; auto takes a GPU when there is one."""
-    devices: int = 1
-    """Number of GPUs (or CPU processes)."""
     precision: Precision = Precision.auto
     """Arithmetic of forward and backward; auto = bf16 mixed precision on GPUs, fp32 on CPUs."""
     num_workers: int = 0
@@ -59,7 +57,6 @@ class TrainerConfig:
 
     def __post_init__(self):
         require(self.max_steps >= 1, "trainer.max_steps", "must be >= 1", self.max_steps)
-        require(self.devices >= 1, "trainer.devices", "must be >= 1", self.devices)
         require(self.num_workers >= 0, "trainer.num_workers", "must be >= 0", self.num_workers)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.evaluation import ProbeKind
 from data.module import TokenDataModule
+from kernels.masks import IntervalMask
 from models.batch import IGNORE_LABEL, PackedBatch
 from models.decoder import Decoder
 from train.metrics import HORIZON, SinkTotals
@@ -105,13 +106,16 @@ def backcopy_metrics(
 
     Means over queries other than the first key's own, over heads and layers. A trigger copies the
     token before it, so its head is busy; the others have nothing to fetch (arXiv 2410.13835). The
-    baseline is the mean of 1 / (keys the query sees) over the same queries.
+    baseline is the same of a head that attends uniformly to what it sees.
     """
     sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
         layers = decoder(batch).layers
         mass_BT = torch.stack([r.statistics.first_mass_BHT.mean(1) for r in layers]).mean(0)
+        # A layer with a window may hide the first key, so its share is 0 there like its mass.
+        share_BT = torch.stack([_first_share(mask) for mask in decoder.layer_masks(batch.mask)])
+        share_BT = share_BT.mean(0)
         keys_BT = batch.mask.keys_per_query_BT()
         is_trigger_BT = torch.isin(batch.tokens_BT, trigger_ids)
         counts_BT = keys_BT > 0
@@ -119,10 +123,16 @@ def backcopy_metrics(
         for row, chosen_BT in enumerate((counts_BT & ~is_trigger_BT, counts_BT & is_trigger_BT)):
             sums[row, 0] += chosen_BT.sum()
             sums[row, 1] += mass_BT[chosen_BT].sum()
-            sums[row, 2] += (1.0 / keys_BT[chosen_BT]).sum()
+            sums[row, 2] += share_BT[chosen_BT].sum()
     means = (sums[:, 1:] / sums[:, :1]).tolist()
     return {
         f"backcopy/{who}_{what}": value
         for who, pair in zip(("non_trigger", "trigger"), means, strict=True)
         for what, value in zip(("mass", "baseline"), pair, strict=True)
     }
+
+
+def _first_share(mask: IntervalMask) -> Tensor:
+    """What a query that attends uniformly pays to key 0, [B, T]."""
+    sees_BT = mask.sees_BT(torch.zeros_like(mask.document_start_BT))
+    return sees_BT / mask.keys_per_query_BT().clamp(min=1)

@@ -12,7 +12,8 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from train.files import write_atomically
+from data.files import write_atomically
+from kernels.errors import require
 
 
 class WandbMode(StrEnum):
@@ -91,25 +92,32 @@ class MetricsCSV(Logger):
 
 
 def wandb_mode(config: LoggerConfig) -> str:
-    """The mode W&B runs in, decided without ever waiting for input."""
-    if config.wandb is not WandbMode.auto:
-        return config.wandb.value
-    if chosen := os.environ.get("WANDB_MODE"):
-        return chosen
+    """The mode W&B runs in, decided without ever waiting for input.
+
+    Raises UserError for an unknown ``$WANDB_MODE``, and for online without a login.
+    """
+    setting, mode = "logger.wandb", config.wandb.value
+    if config.wandb is WandbMode.auto and (variable := os.environ.get("WANDB_MODE")):
+        setting, mode = "WANDB_MODE", variable
+    known = [choice.value for choice in WandbMode if choice is not WandbMode.auto]
+    if mode in ("disabled", "offline"):
+        return mode
+    require(mode in ("auto", "online"), setting, f"must be one of {', '.join(known)}", mode)
     try:
-        return "online" if wandb.login(prompt=False) else "offline"
+        logged_in = wandb.login(prompt=False)
     except wandb.Error:
-        return "offline"
+        logged_in = False
+    require(logged_in or mode == "auto", setting, "must not be online without a login", mode)
+    return "online" if logged_in else "offline"
 
 
 def build_wandb_logger(
-    config: LoggerConfig, run_dir: Path, run_id: str, settings: dict
+    config: LoggerConfig, mode: str, run_dir: Path, run_id: str, settings: dict
 ) -> WandbLogger | None:
-    """W&B's logger, None where it is disabled.
+    """W&B's logger, None where ``mode`` (of ``wandb_mode``) is disabled.
 
     ``run_id`` stays the same over resumes, so that ``wandb sync`` merges their offline runs.
     """
-    mode = wandb_mode(config)
     if mode == "disabled":
         return None
     # An empty variable means unset to a shell user but is an error to W&B.

@@ -81,6 +81,8 @@ class SinkTotals:
                 self._add_layers(kind, indices, part)
 
     def _add_layers(self, kind: str, indices: list[int], part: SinkSums) -> None:
+        # Half precision stops counting at 256.
+        assert part.count.dtype in (torch.float32, torch.float64)
         part = part.map(lambda value: value.unflatten(0, (len(indices), -1)))
         if kind not in self.sums:
             self.sums[kind] = part.map(
@@ -207,7 +209,7 @@ def position_sums(key_mass_BHS: Tensor, mask: IntervalMask | DenseMask, position
     """[H, P] sums of the leading keys' alpha over all queries that see them, one sample a row."""
     queries_BS = mask.queries_per_key_BS()[:, :positions]
     alpha_BHP = key_mass_BHS[..., :positions] / queries_BS[:, None]
-    baseline_BP = _uniform_mass(mask)[:, :positions] / queries_BS
+    baseline_BP = _uniform_mass(mask, positions) / queries_BS
     return _sums(alpha_BHP, baseline_BP, queries_BS >= HORIZON)
 
 
@@ -217,21 +219,14 @@ def _uniform_share(mask: IntervalMask | DenseMask) -> Tensor:
     return torch.where(keys_BT > 0, 1.0 / keys_BT.clamp(min=1), 0.0)
 
 
-def _uniform_mass(mask: IntervalMask | DenseMask) -> Tensor:
-    """Attention each key would get in all if every query attended uniformly, float32 [B, S]."""
+def _uniform_mass(mask: IntervalMask | DenseMask, positions: int) -> Tensor:
+    """Attention each leading key would get in all if every query attended uniformly, [B, P]."""
     share_BT = _uniform_share(mask)
-    if isinstance(mask, DenseMask):
-        return (mask.visible_BTS * share_BT[..., None]).sum(1)
-    # A query adds its share to the keys from start to stop: a step up and a step down, summed.
-    # The steps cancel over a whole row, hence float64.
-    share_BT = share_BT.double()
-    change_BS = share_BT.new_zeros(share_BT.shape[0], share_BT.shape[1] + 1)
-    change_BS.scatter_add_(1, mask.start_BT.long(), share_BT)
-    change_BS.scatter_add_(1, mask.stop_BT.long(), -share_BT)
-    mass_BS = change_BS[:, :-1].cumsum(1)
-    if mask.pinned:
-        mass_BS[:, 0] += torch.where(mask.start_BT > 0, share_BT, 0.0).sum(1)
-    return mass_BS.float()
+    masses = []
+    for position in range(min(positions, mask.num_tokens)):
+        key_BT = torch.full_like(mask.document_start_BT, position)
+        masses.append((mask.sees_BT(key_BT) * share_BT).sum(1))
+    return torch.stack(masses, dim=1)
 
 
 def layer_sums(

@@ -59,6 +59,7 @@ class PretrainModule(L.LightningModule):
         # Loss and gradient norm since the last record: [loss sum, steps, gradient norm sum].
         self.register_buffer("loss_since_record", torch.zeros(3, dtype=torch.float64))
         self.seconds_outside = 0.0
+        self.lr = 0.0
         self._step_before = -1
 
     def record(self, metrics: dict[str, float]) -> None:
@@ -68,9 +69,14 @@ class PretrainModule(L.LightningModule):
     @contextmanager
     def outside_training(self) -> Iterator[None]:
         """Time spent in here (validation, checkpoints) is not the training's."""
+        if self.device.type == "cuda":
+            # Training steps still queued on the device are the training's.
+            torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        yield
-        self.seconds_outside += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds_outside += time.perf_counter() - start
 
     @property
     def tokens(self) -> int:
@@ -100,6 +106,7 @@ class PretrainModule(L.LightningModule):
     ) -> None:
         # Lightning's own clipping refuses fused optimizers under mixed precision, because a
         # gradient scaler might be at work; bf16 has none.
+        self.lr = optimizer.param_groups[0]["lr"]
         clip = self.optimizer_config.clip
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters(), float("inf") if clip is None else clip
@@ -107,11 +114,12 @@ class PretrainModule(L.LightningModule):
         self.loss_since_record[1] += 1
         self.loss_since_record[2] += norm
 
-    def take_losses(self) -> dict[str, float]:
-        """``train/loss`` and ``train/gradient_norm``, means over the steps since the last call."""
+    def losses(self, *, restart: bool) -> dict[str, float]:
+        """``train/loss`` and ``train/gradient_norm``, means over the steps since a restart."""
         total = self.trainer.strategy.reduce(self.loss_since_record[0], reduce_op="sum").item()
         _, steps, norm = self.loss_since_record.tolist()
-        self.loss_since_record.zero_()
+        if restart:
+            self.loss_since_record.zero_()
         return {"train/loss": total / steps, "train/gradient_norm": norm / steps}
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -17,29 +17,32 @@ from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
 from train.callbacks.sink_monitor import SinkMonitor
 from train.config import Accelerator, Precision, RunConfig, TrainerConfig
 from train.figures import draw_figures
-from train.loggers import MetricsCSV, build_wandb_logger
+from train.loggers import MetricsCSV, build_wandb_logger, wandb_mode
 from train.module import PretrainModule
 from train.run_folder import (
     RunFolder,
     drop_after,
-    experiment_hash,
     open_run_folder,
     provenance,
     write_run_files,
 )
-from train.schedules import check_schedule
+from train.schedules import ConstantSchedule, check_schedule
 from train.summary import print_summary
 
 
-def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[str]) -> Validation:
-    """Train as ``config`` says and leave the run folder; returns the last validation.
+def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[str]) -> None:
+    """Train as ``config`` says and leave the run folder.
 
     settings: ``config`` as plain values, which is what is hashed and stored. Every check that can
     fail runs before the first file is written; a user's mistake raises UserError.
     """
-    console = Console()
+    console = Console(markup=False)
     accelerator, precision = _device(config.trainer)
     total_steps = check_schedule(config.schedule, config.trainer.max_steps)
+    if not isinstance(config.schedule, ConstantSchedule):
+        # A resume may lengthen the run, but not bend the curve it is on.
+        settings["schedule"]["total_steps"] = total_steps
+    mode = wandb_mode(config.logger)
     folder, resuming = open_run_folder(settings, experiment, overrides)
 
     data = TokenDataModule(
@@ -51,7 +54,7 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
         num_workers=config.trainer.num_workers,
         canonical_rows=config.tracking.canonical_rows,
     )
-    accumulation = data.accumulation(config.trainer.devices)
+    accumulation = data.accumulation(world_size=1)
     start = time.perf_counter()
     data.setup()
     L.seed_everything(config.seed, verbose=False)
@@ -63,7 +66,7 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
         config.tracking.statistics,
         config.packing.batch_tokens,
     )
-    step = check_state_file(folder, module) if resuming else -1
+    step = check_state_file(folder, module, data) if resuming else -1
     if step >= config.trainer.max_steps:
         raise UserError(
             f"trainer.max_steps must be > {step} to go on with the run in {folder.path}, "
@@ -72,17 +75,16 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
 
     _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
     device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
-    write_run_files(folder, settings, provenance(settings, device, _data_provenance(data)))
+    run_id = write_run_files(folder, settings, provenance(settings, device, _data_provenance(data)))
     drop_after(folder, step)
     metrics = MetricsCSV(folder.metrics)
     metrics.keep_until(step)
-    run_id = f"{experiment_hash(settings)}-{folder.path.name[-40:]}".replace("=", "-")
-    wandb_logger = build_wandb_logger(config.logger, folder.path, run_id, settings)
+    wandb_logger = build_wandb_logger(config.logger, mode, folder.path, run_id, settings)
 
     validation, rows, callbacks = _callbacks(config, data, folder, console)
     trainer = L.Trainer(
         accelerator=accelerator,
-        devices=config.trainer.devices,
+        devices=1,
         precision=precision,
         max_steps=config.trainer.max_steps,
         accumulate_grad_batches=accumulation,
@@ -108,7 +110,6 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
                 wandb_logger.log_image(f"figures/{path.stem}", [str(path)])
             wandb_logger.experiment.finish()
         print_summary(console, folder, data, validation.latest, rows.latest, training_seconds)
-    return validation
 
 
 def _device(trainer: TrainerConfig) -> tuple[str, str]:
@@ -116,12 +117,8 @@ def _device(trainer: TrainerConfig) -> tuple[str, str]:
     accelerator = trainer.accelerator
     if accelerator is Accelerator.auto:
         accelerator = Accelerator.gpu if torch.cuda.is_available() else Accelerator.cpu
-    if accelerator is Accelerator.gpu:
-        count = torch.cuda.device_count()
-        if count == 0:
-            raise UserError("trainer.accelerator must be cpu where there is no GPU, got gpu")
-        if trainer.devices > count:
-            raise UserError(f"trainer.devices must be <= {count} GPUs, got {trainer.devices}")
+    if accelerator is Accelerator.gpu and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator must be cpu where there is no GPU, got gpu")
     precision = trainer.precision
     if precision is Precision.auto:
         precision = Precision.bf16 if accelerator is Accelerator.gpu else Precision.fp32

@@ -15,8 +15,10 @@ included: equal settings mean the same folder, different ones never share it.
 
 import hashlib
 import json
+import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -29,8 +31,8 @@ from typing import Any
 import torch
 import yaml
 
+from data.files import write_atomically
 from kernels.errors import UserError
-from train.files import write_atomically, write_json
 
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
@@ -71,6 +73,10 @@ class RunFolder:
     def last(self) -> Path:
         return self.path / "checkpoints" / "last.ckpt"
 
+    @property
+    def unfinished_last(self) -> Path:
+        return self.last.with_suffix(".tmp")
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}"
 
@@ -84,12 +90,11 @@ def experiment_hash(settings: dict) -> str:
 
 def run_name(settings: dict, overrides: list[str]) -> str:
     """Readable overrides, then the hash: ``packing=document_seed=1-0a1b2c3d``."""
-    told = [
-        re.sub(r"[^A-Za-z0-9_.=+-]", "", override.split(".")[-1].lstrip("+~"))
-        for override in overrides
-        if override.lstrip("+~").split("=")[0].split(".")[0]
-        not in (*NOT_THE_EXPERIMENT, "experiment")
-    ]
+    told = []
+    for override in overrides:
+        name, _, value = override.lstrip("+~").partition("=")
+        if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment"):
+            told.append(re.sub(r"[^A-Za-z0-9_.=+-]", "", f"{name.rsplit('.', 1)[-1]}={value}"))
     readable = "_".join(told)[:100] or "default"
     return f"{readable}-{experiment_hash(settings)}"
 
@@ -111,11 +116,18 @@ def open_run_folder(
     if in_use and not settings["resume"]:
         raise UserError(f"run_dir must be empty or missing (resume=true goes on in it), got {path}")
     if not in_use:
+        _check_can_be_made(path)
         return folder, False
     if not folder.config.exists():
         raise UserError(f"run_dir must be a run folder to resume (no config.yaml), got {path}")
     _check_settings_agree(_read_config(folder.config), settings)
     return folder, folder.last.exists()
+
+
+def _check_can_be_made(path: Path) -> None:
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"run_dir must lie in a folder that can be written, got {path}")
 
 
 def _read_config(path: Path) -> dict:
@@ -159,32 +171,50 @@ def drop_after(folder: RunFolder, step: int) -> None:
     The rows of metrics.csv are its logger's matter (``MetricsCSV.keep_until``).
     """
     for part in folder.sinks.glob("part-*.parquet"):
-        if int(part.stem.removeprefix("part-")) > step:
+        if _step_of(part.stem, "part-") > step:
             part.unlink()
     for kept in folder.last.parent.glob("step_*"):
-        if int(kept.name.removeprefix("step_")) > step:
+        if _step_of(kept.name, "step_") > step:
             shutil.rmtree(kept)
+    # What a kill left half-written.
+    for half in folder.last.parent.glob(".step_*"):
+        shutil.rmtree(half)
+    folder.unfinished_last.unlink(missing_ok=True)
 
 
-def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> None:
-    """Write config.yaml and provenance.json; a resume adds to the list of its starts."""
-    starts = []
+def _step_of(name: str, prefix: str) -> int:
+    """The step in a name of ours; -1 for a name that isn't, which is left alone."""
+    match = re.fullmatch(prefix + r"(\d{8})", name)
+    return int(match[1]) if match else -1
+
+
+def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> str:
+    """Write config.yaml and provenance.json; a resume adds to the list of its starts.
+
+    Returns the run's id, which is drawn at its first start.
+    """
+    run_id, starts = secrets.token_hex(4), []
     if folder.provenance.exists():
         try:
-            starts = json.loads(folder.provenance.read_text())["starts"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            written = json.loads(folder.provenance.read_text())
+            run_id, starts = written["run_id"], list(written["starts"])
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"run_dir must hold a readable provenance.json, got {folder.provenance}"
             ) from error
+    folder.path.mkdir(parents=True, exist_ok=True)
     write_atomically(folder.config, yaml.safe_dump(settings, sort_keys=False).encode())
-    write_json(folder.provenance, {"starts": [*starts, provenance]})
+    starts.append(provenance)
+    text = json.dumps({"run_id": run_id, "starts": starts}, indent=2) + "\n"
+    write_atomically(folder.provenance, text.encode())
+    return run_id
 
 
 def provenance(settings: dict, device: str, data: dict) -> dict:
     """What is needed to know where a number came from: one start of a run."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["python", "-m", "train", *sys.argv[1:]],
         "hash": experiment_hash(settings),
         "git": _git_state(),
         "versions": {"python": platform.python_version()}

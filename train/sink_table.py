@@ -9,10 +9,7 @@ Three ways to aggregate a sink rate are in use and differ; each has its name her
 
 import pandas as pd
 import torch
-from torch import Tensor
 
-from kernels.attention import Statistics
-from kernels.masks import IntervalMask
 from train.metrics import THRESHOLDS, SinkTotals
 
 PREFIXES = {
@@ -67,28 +64,6 @@ def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dic
             by_layer = values_LH[name].mean(-1).tolist()
             metrics |= {f"{prefix}/{name}/layer_{i:02d}": v for i, v in enumerate(by_layer)}
     return metrics
-
-
-def attention_metrics(statistics: list[Statistics], masks: list[IntervalMask]) -> dict[str, float]:
-    """``attention/max_logit`` and (level full) ``attention/entropy`` of one batch, nats.
-
-    The largest scaled score over rows and heads; the mean entropy over non-empty queries.
-    """
-    largest = [layer.max_logit_BH.amax() for layer in statistics]
-    metrics = _with_layers("attention/max_logit", torch.stack(largest), torch.amax)
-    if statistics[0].entropy_BHT is not None:
-        means = []
-        for layer, mask in zip(statistics, masks, strict=True):
-            seen_BT = mask.keys_per_query_BT() > 0
-            total_BT = layer.entropy_BHT.mean(1) * seen_BT
-            means.append(total_BT.sum() / seen_BT.sum())
-        metrics |= _with_layers("attention/entropy", torch.stack(means), torch.mean)
-    return metrics
-
-
-def _with_layers(name: str, value_L: Tensor, whole) -> dict[str, float]:
-    by_layer = {f"{name}/layer_{i:02d}": v for i, v in enumerate(value_L.tolist())}
-    return {name: whole(value_L).item(), **by_layer}
 
 
 def sink_table(totals: SinkTotals) -> pd.DataFrame:

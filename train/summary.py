@@ -33,8 +33,9 @@ def print_summary(
             table.add_row(figure, f"{metrics[name]:.3f}", compare)
 
     entropy = data.unigram_entropy
-    below = entropy - metrics["val/canonical_loss"]
-    reference = f"unigram entropy {entropy:.3f}: {below:.2f} below"
+    gap = entropy - metrics["val/canonical_loss"]
+    side = "below" if gap > 0 else "above"
+    reference = f"unigram entropy {entropy:.3f}: {abs(gap):.2f} {side}"
     if data.optimal_loss is not None:
         excess = metrics["val/canonical_loss"] - data.optimal_loss
         reference = f"optimum {data.optimal_loss:.3f}: {excess:.3f} above"

@@ -89,17 +89,19 @@ def sink_attention(
             q_BTHD, k_BTGD, v_BTGE, mask, scale=scale, null_logit_BHT=null_logit_BHT, level=level
         )
     else:
-        out_BTHE, lse_BHT, measured, probabilities_BHTS = reference_attention(
-            q_BTHD,
-            k_BTGD,
-            v_BTGE,
-            mask,
-            scale=scale,
-            null_logit_BHT=null_logit_BHT,
-            slopes_H=slopes_H,
-            bias_HR=bias_HR,
-            level=level,
-        )
+        # Autocast would take the reference's matrix products, made in fp32 or better, to bf16.
+        with torch.autocast(q_BTHD.device.type, enabled=False):
+            out_BTHE, lse_BHT, measured, probabilities_BHTS = reference_attention(
+                q_BTHD,
+                k_BTGD,
+                v_BTGE,
+                mask,
+                scale=scale,
+                null_logit_BHT=null_logit_BHT,
+                slopes_H=slopes_H,
+                bias_HR=bias_HR,
+                level=level,
+            )
     if key_mass_tap_BHS is not None:
         out_BTHE, lse_BHT, measured = deliver_key_mass(
             out_BTHE, lse_BHT, measured, key_mass_tap_BHS

@@ -257,3 +257,17 @@ def test_a_hidden_key_is_an_intervention_of_the_reference():
     statistics = attend(hidden).statistics
     assert statistics.first_mass_BHT[:, :, 1:].eq(0).all()
     assert statistics.key_mass_BHS[:, :, 0].eq(1).all()
+
+
+def test_autocast_leaves_the_reference_in_full_precision():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 70, 2, 16).bfloat16() for _ in range(3))
+    mask = IntervalMask.causal(1, 70)
+    plain = sink_attention(q, k, v, mask, statistics="full")
+    with torch.autocast("cpu", torch.bfloat16):
+        under = sink_attention(q, k, v, mask, statistics="full")
+    assert under.lse_BHT.dtype == torch.float32
+    torch.testing.assert_close(under.lse_BHT, plain.lse_BHT, rtol=0, atol=0)
+    for ours, wanted in zip(under.statistics, plain.statistics, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted, rtol=0, atol=0)

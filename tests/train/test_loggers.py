@@ -5,6 +5,7 @@ import csv
 import pytest
 import wandb
 
+from kernels.errors import UserError
 from train.loggers import LoggerConfig, MetricsCSV, WandbMode, wandb_mode
 
 
@@ -72,3 +73,18 @@ def test_the_mode_is_decided_without_asking(monkeypatch, variable, logged_in, mo
     monkeypatch.setattr(wandb, "login", login)
     assert wandb_mode(LoggerConfig()) == mode
     assert wandb_mode(LoggerConfig(wandb=WandbMode.disabled)) == "disabled"
+
+
+@pytest.mark.parametrize(
+    ("variable", "setting", "message"),
+    [
+        ("sometimes", WandbMode.auto, "WANDB_MODE must be one of online, offline, disabled"),
+        ("online", WandbMode.auto, "WANDB_MODE must not be online without a login"),
+        ("", WandbMode.online, "logger.wandb must not be online without a login"),
+    ],
+)
+def test_a_mode_that_cannot_work_is_refused(monkeypatch, variable, setting, message):
+    monkeypatch.setenv("WANDB_MODE", variable)
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    with pytest.raises(UserError, match=message):
+        wandb_mode(LoggerConfig(wandb=setting))

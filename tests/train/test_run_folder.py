@@ -34,8 +34,8 @@ def test_the_hash_depends_on_what_is_computed_only():
 
 
 def test_the_name_tells_the_overrides_and_ends_with_the_hash():
-    name = run_name(settings(), ["model.num_layers=4", "+x=[1,2]", "resume=true", "experiment=a"])
-    assert name == f"num_layers=4_x=12-{experiment_hash(settings())}"
+    name = run_name(settings(), ["optimizer.lr=0.001", "+x=[1,2]", "resume=true", "experiment=a"])
+    assert name == f"lr=0.001_x=12-{experiment_hash(settings())}"
     assert run_name(settings(), []).startswith("default-")
 
 
@@ -65,9 +65,10 @@ def test_a_resume_may_change_its_length_only(tmp_path):
 
 def test_provenance_keeps_every_start(tmp_path):
     folder = RunFolder(tmp_path)
-    write_run_files(folder, settings(), {"n": 1})
-    write_run_files(folder, settings(), {"n": 2})
-    assert json.loads(folder.provenance.read_text()) == {"starts": [{"n": 1}, {"n": 2}]}
+    run_id = write_run_files(folder, settings(), {"n": 1})
+    assert write_run_files(folder, settings(), {"n": 2}) == run_id
+    written = json.loads(folder.provenance.read_text())
+    assert written == {"run_id": run_id, "starts": [{"n": 1}, {"n": 2}]}
     assert yaml.safe_load(folder.config.read_text()) == settings()
 
 
@@ -77,6 +78,8 @@ def test_what_lies_after_the_checkpoint_is_dropped(tmp_path):
     for step in (8, 16):
         (folder.sinks / f"part-{step:08d}.parquet").touch()
         folder.checkpoint(step).mkdir(parents=True)
+    (folder.last.parent / "step_00000016_mine").mkdir()
     drop_after(folder, 8)
+    assert (folder.last.parent / "step_00000016_mine").exists()
     assert [p.name for p in folder.sinks.iterdir()] == ["part-00000008.parquet"]
     assert folder.checkpoint(8).exists() and not folder.checkpoint(16).exists()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from data.module import TokenDataModule
 from kernels.errors import UserError
 from models.batch import PackedBatch
 from models.checkpoints import save_model
@@ -68,7 +69,7 @@ class CheckpointSchedule(Checkpoint):
         with pl_module.outside_training():
             if self.sink_monitor is not None:
                 self.sink_monitor.flush()
-            temporary = self.folder.last.with_suffix(".tmp")
+            temporary = self.folder.unfinished_last
             trainer.save_checkpoint(temporary, weights_only=False)
             if trainer.is_global_zero:
                 with temporary.open("rb") as file:
@@ -112,12 +113,16 @@ class RandomState(L.Callback):
         self._restored = state_dict
 
 
-def check_state_file(folder: RunFolder, pl_module: PretrainModule) -> int:
-    """The step of last.ckpt. Raises UserError unless it can be read safely and fits the model."""
+def check_state_file(folder: RunFolder, pl_module: PretrainModule, data: TokenDataModule) -> int:
+    """The step of last.ckpt.
+
+    Raises UserError unless it can be read safely and fits the model and the data.
+    """
     path = folder.last
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         step, weights = int(state["global_step"]), state["state_dict"]
+        data_state = state[type(data).__qualname__]
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     except Exception as error:
         raise UserError(
@@ -130,4 +135,5 @@ def check_state_file(folder: RunFolder, pl_module: PretrainModule) -> int:
                 f"run_dir must hold a checkpoint of this model to resume ({name} is "
                 f"{found.get(name)} there, {wanted.get(name)} here), got {path}"
             )
+    data.load_state_dict(data_state)
     return step

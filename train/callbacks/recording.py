@@ -122,7 +122,7 @@ class Validation(L.Callback):
 
 
 class RowWriter(L.Callback):
-    """Adds the training loss every ``tracking.log_every`` steps and sends each step's row off."""
+    """Adds the training loss every ``tracking.log_every`` steps and at the end; sends rows off."""
 
     def __init__(self, config: TrackingConfig):
         self.config = config
@@ -141,11 +141,13 @@ class RowWriter(L.Callback):
     ) -> None:
         if not pl_module.finished_step:
             return
-        if trainer.global_step % self.config.log_every == 0:
-            pl_module.record(pl_module.take_losses())
+        due = trainer.global_step % self.config.log_every == 0
+        if due or trainer.global_step == trainer.max_steps:
+            # The sums go on after an odd last step, for a run that is resumed to be longer.
+            pl_module.record(pl_module.losses(restart=due))
             pl_module.record(
                 {
-                    "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+                    "train/lr": pl_module.lr,
                     "data/epoch": batch.cursor.epoch,
                     "data/rows": batch.cursor.rows,
                 }

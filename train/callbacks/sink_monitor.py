@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import pandas as pd
 
+from data.files import write_atomically
 from models.batch import PackedBatch
-from train.files import write_atomically
 from train.metrics import SinkSums, SinkTotals
 from train.module import PretrainModule
-from train.norms import norm_ratios
-from train.sink_table import attention_metrics, sink_metrics, sink_table
+from train.sink_table import sink_metrics, sink_table
+from train.step_metrics import StepPart, attention_metrics, norm_ratios
 from train.tracking import TrackingConfig
 
 FLUSH_RECORDS = 50
@@ -33,6 +33,7 @@ class SinkMonitor(L.Callback):
         self.config = config
         self.folder = folder
         self.totals = SinkTotals(num_layers)
+        self.parts: list[StepPart] = []
         self.records: list[pd.DataFrame] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
@@ -54,16 +55,24 @@ class SinkMonitor(L.Callback):
         ]
         masks = pl_module.decoder.layer_masks(batch.mask)
         self.totals.add(statistics, masks, batch.begins_BT, self.config.positions)
-        step = trainer.global_step
-        if not pl_module.finished_step or step % self.config.sinks_every:
+        step = trainer.global_step + (not pl_module.finished_step)
+        due = step % self.config.sinks_every == 0
+        if not due and step != trainer.max_steps:
+            return
+        self.parts.append(StepPart(statistics, masks, pl_module.layers, batch))
+        if not pl_module.finished_step:
             return
         totals = self.totals.reduce(lambda v: trainer.strategy.reduce(v, reduce_op="sum"))
-        self.totals = SinkTotals(self.totals.num_layers)
+        if due:
+            # After an odd last step the sums go on, for a run that is resumed to be longer.
+            self.totals = SinkTotals(self.totals.num_layers)
         pl_module.record(sink_metrics(totals))
-        pl_module.record(attention_metrics(statistics, masks))
-        pl_module.record(norm_ratios(pl_module.layers, batch))
-        if trainer.is_global_zero:
-            self.records.append(sink_table(totals).assign(step=step, tokens=pl_module.tokens))
+        pl_module.record(attention_metrics(self.parts))
+        pl_module.record(norm_ratios(self.parts))
+        self.parts = []
+        table = sink_table(totals)
+        if trainer.is_global_zero and len(table):
+            self.records.append(table.assign(step=step, tokens=pl_module.tokens))
             if len(self.records) >= FLUSH_RECORDS:
                 self.flush()
 
@@ -76,6 +85,7 @@ class SinkMonitor(L.Callback):
         content = io.BytesIO()
         table[columns].to_parquet(content, index=False)
         name = f"part-{table['step'].max():08d}.parquet"
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / name, content.getvalue())
         self.records = []
 
