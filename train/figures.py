@@ -102,7 +102,7 @@ def _sinks_by_layer(first: pd.DataFrame) -> Figure:
     axis.set_ylim(0, max(0.2, 1.1 * first.groupby(["step", "layer"])["alpha"].mean().max()))
     axis.set_ylabel("mean attention to the first key")
     axis.set_title("First key, first 64 queries of a row")
-    axis.legend(frameon=False, ncols=1 + len(layers) // 8, fontsize=8)
+    axis.legend(frameon=False, ncols=1 + len(layers) // 8, fontsize=8, loc="upper left")
     return figure
 
 

@@ -104,3 +104,9 @@ def test_the_readmes_snippet_loads_and_exports(train, tmp_path, monkeypatch):
     exec(code.replace("runs/.../checkpoints/step_00000128", str(step)), {})
     config = yaml.safe_load((tmp_path / "exported" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_readmes_pictures_are_there():
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert pictures and all((ROOT / picture).exists() for picture in pictures)
+    assert "@@" not in README
