@@ -110,7 +110,7 @@ def _sinks_by_head(first: pd.DataFrame) -> Figure:
     step = first["step"].max()
     grid = first[first["step"] == step].pivot(index="layer", columns="head", values="alpha")
     layers, heads = grid.shape
-    figure, (axis,) = _new(width=2.6 + 0.45 * heads, height=1.8 + 0.4 * layers)
+    figure, (axis,) = _new(width=max(4.6, 2.6 + 0.45 * heads), height=1.8 + 0.4 * layers)
     image = axis.imshow(grid, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
     bright = image.norm(grid.to_numpy()) > 0.55
     for (row, column), value in np.ndenumerate(grid.to_numpy()):

@@ -18,6 +18,7 @@ from train.callbacks.sink_monitor import SinkMonitor
 from train.config import Accelerator, Precision, RunConfig, TrainerConfig
 from train.figures import draw_figures
 from train.loggers import MetricsCSV, build_wandb_logger, wandb_mode
+from train.metrics import HORIZON
 from train.module import PretrainModule
 from train.run_folder import (
     RunFolder,
@@ -175,5 +176,9 @@ def _print_start(
         *data.describe(),
         f"run      {folder.path}" + (f", going on from step {step}" if step >= 0 else ""),
     ]
+    if config.resume and step < 0:
+        lines.append(f"no checkpoint to resume in {folder.path}: starting from the beginning")
+    if min(config.packing.context, config.attention.window or HORIZON) < HORIZON:
+        lines.append(f"no key is seen by {HORIZON} queries here, so there will be no sink figures")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
