@@ -39,6 +39,7 @@ class IntervalMask:
     pinned: 1 if key 0 is seen by every query with stop > 0 whatever its start, else 0. More pinned
         keys would show a document's first tokens to the other documents.
     is_causal: every row is exactly the causal one, start 0 and stop i + 1.
+    one_document: document_start is 0 everywhere but on padding, so key 0 begins every document.
 
     Raises ``UserError`` for other shapes, dtypes or (CPU tensors only) values.
     """
@@ -48,6 +49,7 @@ class IntervalMask:
     document_start_BT: Tensor
     pinned: int = 0
     is_causal: bool = False
+    one_document: bool = False
 
     def __post_init__(self):
         # On a device the values come from a mask that was checked; reading them would synchronise.
@@ -73,6 +75,7 @@ class IntervalMask:
             stop_BT=stop_BT,
             document_start_BT=document_start_BT,
             is_causal=True,
+            one_document=not bool((document_start_BT > 0).any()),
         )
 
     @classmethod
@@ -108,6 +111,7 @@ class IntervalMask:
             document_start_BT=document_start_BT,
             pinned=pinned,
             is_causal=is_causal,
+            one_document=not bool((document_start_BT > 0).any()),
         )
 
     @property
@@ -231,6 +235,13 @@ class IntervalMask:
             "must be 0 on padding (document_start -1)",
             stop_BT,
         )
+        if self.one_document:
+            _require_all(
+                first_BT <= 0,
+                "mask.document_start",
+                "must be 0, or -1 on padding, where one_document is set",
+                first_BT,
+            )
         if self.is_causal:
             _require_all(
                 (start_BT == 0) & (stop_BT == position_T + 1),

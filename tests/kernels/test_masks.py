@@ -177,6 +177,22 @@ def test_is_causal_is_set_for_exactly_the_causal_mask(mask, expected):
     assert bool((mask.dense_BTS() == causal_TS).all()) is expected
 
 
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (IntervalMask.causal(2, 5), True),
+        (IntervalMask.causal(1, 4, torch.tensor([[0, 0, 2, 2]]).int()), False),
+        (documents([[1, 1, 1], [4, -1, -1], [-1, -1, -1]]), True),
+        (documents([[1, 1, 1], [1, 1, 2]], causal_across=True), False),
+        (documents([[0, 1, 1]], pinned=1), False),
+        (IntervalMask.causal(2, 5).window(2).prefix(3).to("meta"), True),
+        (documents([[1, 1, 2]]).window(1), False),
+    ],
+)
+def test_one_document_is_set_where_key_0_begins_every_document(mask, expected):
+    assert mask.one_document is expected
+
+
 def interval(start, stop, document_start=None, **settings):
     zeros = torch.zeros(1, len(start), dtype=torch.int32)
     start, stop = torch.tensor([start]).int(), torch.tensor([stop]).int()
@@ -201,6 +217,10 @@ WRONG = {
     "document_later": (lambda: interval([0, 0], [1, 2], [1, 1]), "must not lie after its query"),
     "padding_sees": (lambda: interval([0, 0], [1, 2], [0, -1]), "must be 0 on padding"),
     "not_causal": (lambda: interval([0, 1], [1, 2], is_causal=True), "where is_causal is set"),
+    "two_documents": (
+        lambda: interval([0, 1], [1, 2], [0, 1], one_document=True),
+        "must be 0, or -1 on padding, where one_document is set, got [0, 1]",
+    ),
     "dtype": (
         lambda: IntervalMask(
             start_BT=int32(1, 2).long(), stop_BT=int32(1, 2), document_start_BT=int32(1, 2)
