@@ -11,6 +11,13 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# After OMP_NUM_THREADS, which it reads.
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, which importing PyTorch does not do.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:

@@ -32,6 +32,7 @@ import torch
 import yaml
 
 from data.files import write_atomically
+from kernels.attention.fused.tiles import TABLE
 from kernels.errors import UserError
 
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
@@ -220,6 +221,7 @@ def provenance(settings: dict, device: str, data: dict) -> dict:
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
         "device": device,
+        "kernel_tiles_sha256": hashlib.sha256(TABLE.read_bytes()).hexdigest(),
         "threads": torch.get_num_threads(),
         "seed": settings["seed"],
         "data_seed": settings["data_seed"],

@@ -6,6 +6,7 @@ heads (H is a multiple of G), D query/key head dim, E value head dim, R buckets.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import NamedTuple
 
@@ -18,9 +19,22 @@ from kernels.attention.statistics import Statistics, StatisticsLevel, deliver_ke
 from kernels.errors import UserError, require
 from kernels.masks import DenseMask, IntervalMask
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton decides when it is imported whether kernels run in its interpreter, on a CPU.
+_INTERPRETED = False
+if _HAS_TRITON:
+    from triton import knobs
+
+    from kernels.attention.fused.op import fused_attention
+
+    _INTERPRETED = knobs.runtime.interpret
+
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "reference", "cpu")
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+
+MAX_HEAD_DIM = 256
+"""Largest head dim of the Triton kernels: their tiles must fit in shared memory."""
 
 # Read once: compiled code can't iterate over an enumeration in every supported PyTorch.
 _LEVELS = {level.value: level for level in StatisticsLevel}
@@ -76,12 +90,26 @@ def sink_attention(
     level = _level(statistics)
     _check_tensors(q_BTHD, k_BTGD, v_BTGE, mask)
     _check_extras(q_BTHD, null_logit, slopes_H, bias_HR, key_mass_tap_BHS, level)
-    chosen = _choose(implementation, q_BTHD, mask, slopes_H is not None or bias_HR is not None)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = _choose(implementation, q_BTHD, v_BTGE, mask, scale, slopes_H, bias_HR)
     null_logit_BHT = null_logit
     if null_logit is not None and null_logit.ndim == 1:
         batch_size, num_tokens, num_heads, _ = q_BTHD.shape
         null_logit_BHT = null_logit[:, None].expand(batch_size, num_heads, num_tokens)
+
+    if chosen == "triton":
+        out_BTHE, lse_BHT, measured = fused_attention(
+            q_BTHD,
+            k_BTGD,
+            v_BTGE,
+            mask,
+            scale=scale,
+            null_logit_BHT=null_logit_BHT,
+            slopes_H=slopes_H,
+            level=level,
+            tap_BHT=key_mass_tap_BHS,
+        )
+        return AttentionOutput(out_BTHE, lse_BHT, measured, None)
 
     probabilities_BHTS = None
     if chosen == "cpu":
@@ -110,31 +138,81 @@ def sink_attention(
 
 
 def _choose(
-    implementation: str, q_BTHD: Tensor, mask: IntervalMask | DenseMask, has_bias: bool
+    implementation: str,
+    q_BTHD: Tensor,
+    v_BTGE: Tensor,
+    mask: IntervalMask | DenseMask,
+    scale: float,
+    slopes_H: Tensor | None,
+    bias_HR: Tensor | None,
 ) -> str:
-    """The one place that picks an implementation."""
+    """The one place that picks an implementation: the fastest that can, or the forced one."""
     require(
         implementation in IMPLEMENTATIONS,
         "attention.implementation",
         f"must be one of {', '.join(IMPLEMENTATIONS)}",
         implementation,
     )
-    refusal = None
-    if q_BTHD.device.type != "cpu":
-        refusal = f"tensors on {q_BTHD.device.type}"
-    elif q_BTHD.dtype not in (torch.float32, torch.float64):
-        refusal = f"{q_BTHD.dtype} (only float32 and float64)"
-    elif not isinstance(mask, IntervalMask):
-        refusal = "a dense mask"
-    elif has_bias:
-        refusal = "slopes or a relative bias"
-    if implementation == "cpu" and refusal:
-        raise UserError(f"attention.implementation cpu can't run {refusal}; use reference")
+    refusals = {
+        "triton": _why_not_triton(q_BTHD, v_BTGE, mask, scale, slopes_H, bias_HR),
+        "cpu": _why_not_cpu(q_BTHD, mask, slopes_H, bias_HR),
+    }
+    if refusals.get(implementation):
+        raise UserError(
+            f"attention.implementation {implementation} can't run {refusals[implementation]}; "
+            "use reference"
+        )
     chosen = implementation
     if implementation == "auto":
-        chosen = "reference" if refusal else "cpu"
+        fast = "cpu" if q_BTHD.device.type == "cpu" else "triton"
+        chosen = "reference" if refusals[fast] else fast
     _log_once(chosen)
     return chosen
+
+
+def _why_not_cpu(
+    q_BTHD: Tensor, mask: IntervalMask | DenseMask, slopes_H: Tensor | None, bias_HR: Tensor | None
+) -> str | None:
+    if q_BTHD.device.type != "cpu":
+        return f"tensors on {q_BTHD.device.type}"
+    if q_BTHD.dtype not in (torch.float32, torch.float64):
+        return f"{q_BTHD.dtype} (only float32 and float64)"
+    if not isinstance(mask, IntervalMask):
+        return "a dense mask"
+    if slopes_H is not None or bias_HR is not None:
+        return "slopes or a relative bias"
+    return None
+
+
+def _why_not_triton(
+    q_BTHD: Tensor,
+    v_BTGE: Tensor,
+    mask: IntervalMask | DenseMask,
+    scale: float,
+    slopes_H: Tensor | None,
+    bias_HR: Tensor | None,
+) -> str | None:
+    if not _HAS_TRITON:
+        return "without the package triton"
+    if q_BTHD.device.type != "cuda" and not _INTERPRETED:
+        return f"tensors on {q_BTHD.device.type}"
+    if q_BTHD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{q_BTHD.dtype}"
+    if _INTERPRETED and q_BTHD.dtype == torch.bfloat16:
+        return "torch.bfloat16 in Triton's interpreter, which computes it wrongly"
+    if not isinstance(mask, IntervalMask):
+        return "a dense mask"
+    if bias_HR is not None:
+        return "a relative bias"
+    if slopes_H is not None and slopes_H.requires_grad:
+        return "slopes that need a gradient"
+    if scale <= 0:
+        return f"a scale that isn't positive ({scale})"
+    step = 16 // q_BTHD.element_size()
+    for head_dim in (q_BTHD.shape[3], v_BTGE.shape[3]):
+        if head_dim % step or head_dim > MAX_HEAD_DIM:
+            return f"head dim {head_dim} (only multiples of {step} up to {MAX_HEAD_DIM})"
+    return None
 
 
 @torch.compiler.assume_constant_result

@@ -12,8 +12,14 @@ from kernels.attention import StatisticsLevel, api, sink_attention
 from kernels.errors import UserError
 from kernels.masks import DenseMask, IntervalMask
 
-B, T, H, G, D, E = 2, 9, 4, 2, 8, 6
-IMPLEMENTATIONS = ["reference", "cpu"]
+# Triton's interpreter computes what `where` then drops; NumPy warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+B, T, H, G, D, E = 2, 9, 4, 2, 8, 4
+INTERPRETED = pytest.mark.skipif(
+    not (api._HAS_TRITON and api._INTERPRETED), reason="needs Triton's interpreter"
+)
+IMPLEMENTATIONS = ["reference", "cpu", pytest.param("triton", marks=INTERPRETED)]
 
 
 def inputs(dtype=torch.float32, **changes) -> dict[str, Tensor]:
@@ -40,8 +46,8 @@ WRONG = {
     "q_axes": (dict(q_BTHD=(B, T, D)), {}, "attention.q must have 4 axes, got (2, 9, 8)"),
     "heads": (dict(q_BTHD=(B, T, 5, D)), {}, "must have a number of heads that divides q's 5"),
     "head_dim": (dict(k_BTGD=(B, T, G, 7)), {}, "attention.k must have shape (2, 9, 2, 8)"),
-    "tokens": (dict(v_BTGE=(B, 8, G, E)), {}, "attention.v must have shape (2, 9, 2, 6)"),
-    "groups": (dict(v_BTGE=(B, T, H, E)), {}, "attention.v must have shape (2, 9, 2, 6)"),
+    "tokens": (dict(v_BTGE=(B, 8, G, E)), {}, "attention.v must have shape (2, 9, 2, 4)"),
+    "groups": (dict(v_BTGE=(B, T, H, E)), {}, "attention.v must have shape (2, 9, 2, 4)"),
     "mask": ({}, {"mask": IntervalMask.causal(B, 8)}, "attention.mask must have shape (2, 9)"),
     "null": ({}, {"null_logit": torch.zeros(3)}, "attention.null_logit must have shape (4,) or"),
     "slopes": ({}, {"slopes_H": torch.zeros(3)}, "attention.slopes must have shape (4,)"),
@@ -60,7 +66,7 @@ WRONG = {
     "implementation": (
         {},
         {"implementation": "fast"},
-        "attention.implementation must be one of auto, reference, cpu, got 'fast'",
+        "attention.implementation must be one of auto, reference, cpu, triton, got 'fast'",
     ),
     "cpu_dense": (
         {},
@@ -72,11 +78,45 @@ WRONG = {
         {"implementation": "cpu", "slopes_H": torch.zeros(H)},
         "attention.implementation cpu can't run slopes or a relative bias; use reference",
     ),
+    "triton_dense": (
+        {},
+        {"implementation": "triton", "mask": packed().to_dense()},
+        "attention.implementation triton can't run a dense mask; use reference",
+    ),
+    "triton_bias": (
+        {},
+        {"implementation": "triton", "bias_HR": torch.zeros(H, 4)},
+        "attention.implementation triton can't run a relative bias; use reference",
+    ),
+    "triton_slopes": (
+        {},
+        {"implementation": "triton", "slopes_H": torch.zeros(H, requires_grad=True)},
+        "attention.implementation triton can't run slopes that need a gradient; use reference",
+    ),
+    "triton_scale": (
+        {},
+        {"implementation": "triton", "scale": -0.5},
+        "attention.implementation triton can't run a scale that isn't positive (-0.5); use ref",
+    ),
+    "triton_head_dim": (
+        dict(q_BTHD=(B, T, H, 10), k_BTGD=(B, T, G, 10)),
+        {"implementation": "triton"},
+        "attention.implementation triton can't run head dim 10 (only multiples of 4 up to 256);",
+    ),
+    "triton_value_head_dim": (
+        dict(v_BTGE=(B, T, G, 260)),
+        {"implementation": "triton"},
+        "attention.implementation triton can't run head dim 260 (only multiples of 4 up to 256);",
+    ),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_argument_is_named(wrong):
+def test_a_wrong_argument_is_named(wrong, monkeypatch):
+    if wrong.startswith("triton"):
+        # Elsewhere the machine, or tensors on its CPU, would be what is refused.
+        monkeypatch.setattr(api, "_HAS_TRITON", True)
+        monkeypatch.setattr(api, "_INTERPRETED", True)
     shapes, settings, message = WRONG[wrong]
     with pytest.raises(UserError) as caught:
         sink_attention(**{**inputs(**shapes), "mask": packed(), **settings})
@@ -94,6 +134,28 @@ def test_wrong_dtypes_are_named():
         UserError, match=r"cpu can't run torch\.bfloat16 \(only float32 and float64"
     ):
         sink_attention(**halves, mask=packed(), implementation="cpu")
+
+
+def test_triton_names_what_it_lacks(monkeypatch):
+    """A forced choice that can't run says why, whether the tensors or the machine are at fault."""
+
+    def refusal(dtype=torch.float32) -> str:
+        tensors = {name: x.to(dtype) for name, x in inputs().items()}
+        with pytest.raises(UserError) as caught:
+            sink_attention(**tensors, mask=packed(), implementation="triton")
+        return str(caught.value)
+
+    start = "attention.implementation triton can't run"
+    monkeypatch.setattr(api, "_HAS_TRITON", True)
+    monkeypatch.setattr(api, "_INTERPRETED", True)
+    assert refusal(torch.float64) == f"{start} torch.float64; use reference"
+    assert refusal(torch.bfloat16) == (
+        f"{start} torch.bfloat16 in Triton's interpreter, which computes it wrongly; use reference"
+    )
+    monkeypatch.setattr(api, "_INTERPRETED", False)
+    assert refusal() == f"{start} tensors on cpu; use reference"
+    monkeypatch.setattr(api, "_HAS_TRITON", False)
+    assert refusal() == f"{start} without the package triton; use reference"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +188,9 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_levels(implementation):
-    assert attend(implementation=implementation, statistics="off").statistics is None
+    off = attend(implementation=implementation, statistics="off")
+    assert off.statistics is None
+    assert torch.equal(off.out_BTHE, attend(implementation=implementation).out_BTHE)
     basic = attend(implementation=implementation).statistics
     assert basic.entropy_BHT is None and basic.null_mass_BHT is None
     full = attend(implementation=implementation, statistics=StatisticsLevel.full).statistics
@@ -135,7 +199,7 @@ def test_levels(implementation):
         assert (ours is None and wanted is None) or torch.equal(ours, wanted)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
 def test_fp64_inputs_give_fp64_statistics(implementation):
     """fp64 is how everything is checked: a silent cast to fp32 would hide errors of 1e-8."""
     output = sink_attention(

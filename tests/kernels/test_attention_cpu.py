@@ -12,13 +12,7 @@ FP64 = {"rtol": 0, "atol": 1e-10}
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill uninitialised memory with NaN, so that an output left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(params=["kept", "rebuilt", "one_row_a_tile"])

@@ -1,0 +1,330 @@
+"""The backward kernels: gradients of the queries, then of the keys and values with the key mass.
+
+With P rebuilt from lse, and scale folded into the last step,
+
+    dS_ij = P_ij (dP_ij - shift_i)       dP = dO V^T       shift_i = dO_i.out_i - dlse_i
+    dQ = scale dS K      dK = scale dS^T Q      dV = P^T dO      key_mass_k = sum_i P_ik
+
+The query kernel goes first: it has dO at hand, so it computes shift on the way. The key kernel
+holds a tile of keys against all queries that see it, which is where P's column sums cost one sum.
+Each gradient is written by one program in a fixed order, so two runs agree bitwise.
+
+Axes: M query rows and N keys of a tile, D query/key head dim, E value head dim.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.attention.fused.blocks import (
+    LOG2_E,
+    dot_rows,
+    key_tiles,
+    lane_sums,
+    load_tile,
+    row_bounds,
+    store_tile,
+    tile_bounds,
+    visible,
+)
+
+
+@triton.jit
+def _query_gradients(
+    dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M,
+    k0, k1, v0, v1,
+    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, slope,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what key tiles first_tile, ..., last_tile - 1 give to dQ / scale."""
+    for tile in tl.range(first_tile, last_tile):
+        j0 = tl.where(tile < low, 0, tile) * BN if PINNED and MASKED else tile * BN
+        k0_ND = load_tile(k0, batch, j0, group, BN)
+        k1_ND = load_tile(k1, batch, j0, group, BN) if k1 is not None else None
+        v0_NE = load_tile(v0, batch, j0, group, BN)
+        v1_NE = load_tile(v1, batch, j0, group, BN) if v1 is not None else None
+        x_MN = dot_rows(q0_MD, q1_MD, k0_ND, k1_ND, PRECISION)
+        dp_MN = dot_rows(dout0_ME, dout1_ME, v0_NE, v1_NE, PRECISION)
+        j_N = j0 + tl.arange(0, BN)
+        x_MN = x_MN * factor - log_sum_M[:, None]
+        if HAS_SLOPES:
+            x_MN += slope * (j_N[None, :] - i_M[:, None]).to(tl.float32)
+        p_MN = tl.exp2(x_MN)
+        if MASKED:
+            seen_MN = visible(
+                i_M[:, None], j_N[None, :], start_M[:, None], stop_M[:, None], CAUSAL, PINNED
+            )
+            p_MN = tl.where(seen_MN, p_MN, 0.0)
+        ds_MN = (p_MN * (dp_MN - shift_M[:, None])).to(k0_ND.dtype)
+        dq0_MD = tl.dot(ds_MN, k0_ND, dq0_MD, input_precision=PRECISION)
+        if k1 is not None:
+            dq1_MD = tl.dot(ds_MN, k1_ND, dq1_MD, input_precision=PRECISION)
+    return dq0_MD, dq1_MD
+
+
+@triton.jit
+def query_kernel(
+    q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1, dq0, dq1,
+    start_ptr, stop_ptr, slopes_ptr, lse_ptr, dlse_ptr, log_sum_ptr, shift_ptr,
+    num_tokens, num_rows, num_heads, heads_per_group, scale,
+    CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles, B H). Writes dq, and for the key kernel log_sum = lse log2 e and shift,
+    [B, H, num_rows]; log_sum is inf in an empty row and in rows past num_tokens, so that every P
+    there is 0.
+    """
+    m = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    group = head // heads_per_group
+    i_M = m * BM + tl.arange(0, BM)
+    row_offset = batch.to(tl.int64) * num_tokens
+    start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
+    extra, low, full_low, full_high, high = key_tiles(
+        m, i_M, num_tokens, start_M, stop_M, CAUSAL, PINNED, BM, BN
+    )
+
+    exists_M = i_M < num_tokens
+    row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
+    lse_M = tl.load(lse_ptr + row_M, mask=exists_M, other=float("-inf"))
+    log_sum_M = tl.where(lse_M == float("-inf"), float("inf"), lse_M * LOG2_E)
+    dout0_ME = load_tile(dout0, batch, m * BM, head, BM)
+    dout1_ME = load_tile(dout1, batch, m * BM, head, BM) if dout1 is not None else None
+    out0_ME = load_tile(out0, batch, m * BM, head, BM)
+    shift_M = tl.sum(out0_ME.to(tl.float32) * dout0_ME.to(tl.float32), 1)
+    if out1 is not None:
+        out1_ME = load_tile(out1, batch, m * BM, head, BM)
+        shift_M += tl.sum(out1_ME.to(tl.float32) * dout1_ME.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        dlse_M = tl.load(dlse_ptr + row_M, mask=exists_M, other=0.0)
+        shift_M -= tl.where(lse_M == float("-inf"), 0.0, dlse_M)
+    row_M = tl.program_id(1).to(tl.int64) * num_rows + i_M
+    tl.store(log_sum_ptr + row_M, log_sum_M, mask=i_M < num_rows)
+    tl.store(shift_ptr + row_M, shift_M, mask=i_M < num_rows)
+
+    q0_MD = load_tile(q0, batch, m * BM, head, BM)
+    q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
+    factor = scale * LOG2_E
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+    dq0_MD = tl.zeros([BM, D0], tl.float32)
+    dq1_MD = tl.zeros([BM, D1], tl.float32)
+    if not CAUSAL:
+        dq0_MD, dq1_MD = _query_gradients(
+            dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M, k0, k1, v0, v1,
+            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
+            True, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
+        )  # fmt: skip
+    dq0_MD, dq1_MD = _query_gradients(
+        dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M, k0, k1, v0, v1,
+        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
+        False, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
+    )  # fmt: skip
+    dq0_MD, dq1_MD = _query_gradients(
+        dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M, k0, k1, v0, v1,
+        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
+        True, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
+    )  # fmt: skip
+    store_tile(dq0, batch, m * BM, head, dq0_MD * scale)
+    if dq1 is not None:
+        store_tile(dq1, batch, m * BM, head, dq1_MD * scale)
+
+
+@triton.jit
+def _key_gradients(
+    dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+    q0, q1, dout0, dout1,
+    start_ptr, stop_ptr, log_sum_ptr, shift_ptr, row_offset,
+    batch, head, first_tile, last_tile, j_N, num_tokens, factor, slope,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    GRADIENTS: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what query tiles first_tile, ..., last_tile - 1 give to dK / scale, dV and key mass."""
+    for tile in tl.range(first_tile, last_tile):
+        i0 = tile * BM
+        i_M = i0 + tl.arange(0, BM)
+        q0_MD = load_tile(q0, batch, i0, head, BM)
+        q1_MD = load_tile(q1, batch, i0, head, BM) if q1 is not None else None
+        # Rows past the end are all zeros; a log sum of infinity takes them out of every sum.
+        if EVEN:
+            log_sum_M = tl.load(log_sum_ptr + i_M)
+        else:
+            log_sum_M = tl.load(log_sum_ptr + i_M, mask=i_M < num_tokens, other=float("inf"))
+        x_NM = dot_rows(k0_ND, k1_ND, q0_MD, q1_MD, PRECISION)
+        x_NM = x_NM * factor - log_sum_M[None, :]
+        if HAS_SLOPES:
+            x_NM += slope * (j_N[:, None] - i_M[None, :]).to(tl.float32)
+        p_NM = tl.exp2(x_NM)
+        if MASKED:
+            start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
+            seen_NM = visible(
+                i_M[None, :], j_N[:, None], start_M[None, :], stop_M[None, :], CAUSAL, PINNED
+            )
+            p_NM = tl.where(seen_NM, p_NM, 0.0)
+        if MEASURE:
+            mass_N4 += lane_sums(p_NM)
+        if GRADIENTS:
+            if EVEN:
+                shift_M = tl.load(shift_ptr + i_M)
+            else:
+                shift_M = tl.load(shift_ptr + i_M, mask=i_M < num_tokens, other=0.0)
+            dout0_ME = load_tile(dout0, batch, i0, head, BM)
+            dout1_ME = load_tile(dout1, batch, i0, head, BM) if dout1 is not None else None
+            dv0_NE = tl.dot(p_NM.to(q0_MD.dtype), dout0_ME, dv0_NE, input_precision=PRECISION)
+            if dout1 is not None:
+                dv1_NE = tl.dot(p_NM.to(q0_MD.dtype), dout1_ME, dv1_NE, input_precision=PRECISION)
+            dp_NM = dot_rows(v0_NE, v1_NE, dout0_ME, dout1_ME, PRECISION)
+            ds_NM = (p_NM * (dp_NM - shift_M[None, :])).to(q0_MD.dtype)
+            dk0_ND = tl.dot(ds_NM, q0_MD, dk0_ND, input_precision=PRECISION)
+            if q1 is not None:
+                dk1_ND = tl.dot(ds_NM, q1_MD, dk1_ND, input_precision=PRECISION)
+    return dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4
+
+
+@triton.jit
+def key_kernel(
+    q0, q1, k0, k1, v0, v1, dout0, dout1, dk0, dk1, dv0, dv1,
+    start_ptr, stop_ptr, plan_ptr, slopes_ptr, log_sum_ptr, shift_ptr, mass_ptr,
+    num_tokens, num_rows, num_groups, heads_per_group, scale,
+    CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    GRADIENTS: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (key tiles, B G). Writes dk and dv, summed over the group's heads in order, and, if
+    MEASURE, key_mass [B, H, T]. Without GRADIENTS it rebuilds P for the key mass alone.
+    """
+    n = tl.program_id(0)
+    batch = tl.program_id(1) // num_groups
+    group = tl.program_id(1) % num_groups
+    num_heads = num_groups * heads_per_group
+    row_offset = batch.to(tl.int64) * num_tokens
+    if CAUSAL:
+        low = n * BN // BM
+        high = tl.cdiv(num_tokens, BM)
+        full_low = tl.minimum(tl.cdiv((n + 1) * BN - 1, BM), high)
+        full_high = high
+    else:
+        plan = plan_ptr + (batch * tl.num_programs(0) + n) * 4
+        low, high = tl.load(plan), tl.load(plan + 1)
+        full_low, full_high = tl.load(plan + 2), tl.load(plan + 3)
+
+    j_N = n * BN + tl.arange(0, BN)
+    k0_ND = load_tile(k0, batch, n * BN, group, BN)
+    k1_ND = load_tile(k1, batch, n * BN, group, BN) if k1 is not None else None
+    v0_NE = load_tile(v0, batch, n * BN, group, BN) if GRADIENTS else None
+    v1_NE = load_tile(v1, batch, n * BN, group, BN) if v1 is not None else None
+    factor = scale * LOG2_E
+    dk0_ND = tl.zeros([BN, D0], tl.float32)
+    dk1_ND = tl.zeros([BN, D1], tl.float32)
+    dv0_NE = tl.zeros([BN, E0], tl.float32)
+    dv1_NE = tl.zeros([BN, E1], tl.float32)
+    for member in range(heads_per_group):
+        head = group * heads_per_group + member
+        row = (batch * num_heads + head).to(tl.int64)
+        log_sums = log_sum_ptr + row * num_rows
+        shifts = shift_ptr + row * num_rows if GRADIENTS else None
+        mass_N4 = tl.zeros([BN, 4], tl.float32)
+        slope = 0.0
+        if HAS_SLOPES:
+            slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4 = _key_gradients(
+            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+            q0, q1, dout0, dout1,
+            start_ptr, stop_ptr, log_sums, shifts, row_offset,
+            batch, head, low, full_low, j_N, num_tokens, factor, slope,
+            True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
+        )  # fmt: skip
+        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4 = _key_gradients(
+            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+            q0, q1, dout0, dout1,
+            start_ptr, stop_ptr, log_sums, shifts, row_offset,
+            batch, head, full_low, full_high, j_N, num_tokens, factor, slope,
+            False, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
+        )  # fmt: skip
+        if not CAUSAL:
+            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4 = _key_gradients(
+                dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+                q0, q1, dout0, dout1,
+                start_ptr, stop_ptr, log_sums, shifts, row_offset,
+                batch, head, full_high, high, j_N, num_tokens, factor, slope,
+                True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
+            )  # fmt: skip
+        if MEASURE:
+            tl.store(mass_ptr + row * num_tokens + j_N, tl.sum(mass_N4, 1), mask=j_N < num_tokens)
+    if GRADIENTS:
+        store_tile(dk0, batch, n * BN, group, dk0_ND * scale)
+        store_tile(dv0, batch, n * BN, group, dv0_NE)
+        if dk1 is not None:
+            store_tile(dk1, batch, n * BN, group, dk1_ND * scale)
+        if dv1 is not None:
+            store_tile(dv1, batch, n * BN, group, dv1_NE)
+
+
+@triton.jit
+def bounds_kernel(
+    start_ptr, stop_ptr, bounds_ptr, num_tokens, PINNED: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Grid (query tiles, B). bounds [B, query tiles, 8]: what ``tile_bounds`` says of each tile."""
+    i_M = tl.program_id(0) * BM + tl.arange(0, BM)
+    row_offset = tl.program_id(1).to(tl.int64) * num_tokens
+    start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, False)
+    low, high, full_low, full_high, any_row = tile_bounds(i_M, num_tokens, start_M, stop_M, PINNED)
+    bounds = bounds_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 8
+    tl.store(bounds, low)
+    tl.store(bounds + 1, high)
+    tl.store(bounds + 2, full_low)
+    tl.store(bounds + 3, full_high)
+    tl.store(bounds + 4, any_row)
+
+
+@triton.jit
+def plan_kernel(
+    start_ptr, stop_ptr, plan_ptr, num_tokens, num_query_tiles, num_key_tiles,
+    PINNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Grid (key tiles / TILES, B). For each key tile the query tiles that see it.
+
+    plan [B, key tiles, 4]: low, high, full_low, full_high; tiles low, ..., high - 1 hold every
+    query that sees one of the keys, and full_low, ..., full_high - 1 is the longest run of tiles
+    whose queries all see all of them.
+    """
+    batch = tl.program_id(1)
+    row_offset = batch.to(tl.int64) * num_tokens
+    n_K = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    first_K = n_K * BN
+    end_K = tl.minimum(first_K + BN, num_tokens)
+    low_K = tl.full([TILES], 0, tl.int32) + num_query_tiles
+    high_K = tl.zeros([TILES], tl.int32)
+    run_K = tl.zeros([TILES], tl.int32)
+    longest_K = tl.zeros([TILES], tl.int32)
+    full_high_K = tl.zeros([TILES], tl.int32)
+    for m in range(num_query_tiles):
+        i_M = m * BM + tl.arange(0, BM)
+        start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, False)
+        low_key, high_key, full_low_key, full_high_key, any_row = tile_bounds(
+            i_M, num_tokens, start_M, stop_M, PINNED
+        )
+        visits_K = (low_key < end_K) & (high_key > first_K)
+        if PINNED:
+            visits_K = visits_K | ((n_K == 0) & (any_row > 0))
+        low_K = tl.where(visits_K, tl.minimum(low_K, m), low_K)
+        high_K = tl.where(visits_K, m + 1, high_K)
+        full_K = (full_low_key <= first_K) & (full_high_key >= end_K)
+        run_K = tl.where(full_K, run_K + 1, 0)
+        longer_K = run_K > longest_K
+        longest_K = tl.where(longer_K, run_K, longest_K)
+        full_high_K = tl.where(longer_K, m + 1, full_high_K)
+    low_K = tl.minimum(low_K, high_K)
+    # Without a run of full tiles the masked loops meet at high.
+    full_high_K = tl.where(longest_K > 0, full_high_K, high_K)
+    plan = plan_ptr + (batch * num_key_tiles + n_K) * 4
+    inside_K = n_K < num_key_tiles
+    tl.store(plan, low_K, mask=inside_K)
+    tl.store(plan + 1, high_K, mask=inside_K)
+    tl.store(plan + 2, full_high_K - longest_K, mask=inside_K)
+    tl.store(plan + 3, full_high_K, mask=inside_K)

@@ -1,0 +1,120 @@
+"""What the Triton kernels share: loading a tile, products over a head dim in two parts, visibility.
+
+A tile's edges are powers of two, a head dim need not be. A head dim of 96 is held as a part of 64
+and a part of 32, each a tile of its own, so that no product runs over padding; the second part is
+None where the first covers it all.
+
+Axes: M query rows and N keys of a tile, D query/key head dim, E value head dim. Scores are in
+units of log 2 (x = s log2 e), since the hardware's exponential is 2**x.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+HIDDEN = tl.constexpr(-2e30)
+NEVER = tl.constexpr(-1e30)
+"""A hidden key's score, and the running maximum before any score: finite, so that no difference of
+infinities arises, and far enough apart that 2**(HIDDEN - NEVER) is 0."""
+
+
+@triton.jit
+def load_tile(part, batch, token, head, ROWS: tl.constexpr):
+    """[ROWS, width] of one part, zeros past the end of the row."""
+    return part.load([batch, token, head, 0]).reshape(ROWS, part.block_shape[3])
+
+
+@triton.jit
+def store_tile(part, batch, token, head, tile):
+    """Write [rows, width]; what lies past the end of the row is dropped."""
+    part.store([batch, token, head, 0], tile.to(part.dtype).reshape(part.block_shape))
+
+
+@triton.jit
+def dot_rows(a0, a1, b0, b1, PRECISION: tl.constexpr):
+    """a b^T over both parts of the axis they share, fp32: [rows of a, rows of b]."""
+    product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if a1 is not None:
+        product = tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def lane_sums(x):
+    """[rows, n] -> [rows, 4], whose sum is the row's: what each thread of four holds of it.
+
+    A product's rows lie over four neighbouring threads, two columns in turn. Adding up what a
+    thread holds needs no exchange, so loops keep these and exchange once at the end. The long axis
+    goes first: a sum of products is then a chain of fused multiply-adds.
+    """
+    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 1), 2)
+
+
+@triton.jit
+def visible(i, j, start, stop, CAUSAL: tl.constexpr, PINNED: tl.constexpr):
+    """Whether query i sees key j: the rule of ``IntervalMask``; the shapes broadcast."""
+    if CAUSAL:
+        sees = i >= j
+    else:
+        sees = (j >= start) & (j < stop)
+        if PINNED:
+            sees = sees | ((j == 0) & (stop > 0))
+    return sees
+
+
+@triton.jit
+def tile_bounds(i, num_tokens, start, stop, PINNED: tl.constexpr):
+    """Keys that a tile of queries may see: (low, high, full_low, full_high, any_row).
+
+    Some row sees a key only if low <= key < high (or the key is pinned and any_row is 1); every
+    row sees all of full_low <= key < full_high. Empty rows take no part in low and high.
+    """
+    exists = i < num_tokens
+    sees = exists & (stop > start)
+    low = tl.min(tl.where(sees, start, num_tokens))
+    high = tl.max(tl.where(sees, stop, 0))
+    full_low = tl.max(tl.where(exists, start, 0))
+    full_high = tl.min(tl.where(exists, stop, num_tokens))
+    any_row = tl.max(tl.where(exists & (stop > 0), 1, 0)) if PINNED else 0
+    return low, high, full_low, full_high, any_row
+
+
+@triton.jit
+def key_tiles(
+    m, i, num_tokens, start, stop,
+    CAUSAL: tl.constexpr, PINNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The key tiles a tile of queries visits: (extra, low, full_low, full_high, high).
+
+    Tiles low, ..., high - 1 are visited, those from full_low to full_high - 1 need no mask, and
+    extra is 1 if tile 0, which holds the pinned key, is visited beside them.
+    """
+    if CAUSAL:
+        extra, low, full_low = 0, 0, 0
+        full_high = (m * BM + 1) // BN
+        high = tl.minimum(tl.cdiv((m + 1) * BM, BN), tl.cdiv(num_tokens, BN))
+    else:
+        low_key, high_key, full_low_key, full_high_key, any_row = tile_bounds(
+            i, num_tokens, start, stop, PINNED
+        )
+        # Rows that see the pinned key alone have no interval: tile 0 is then the extra one.
+        low = tl.where(low_key < high_key, low_key // BN, 1)
+        high = tl.maximum(tl.cdiv(high_key, BN), low)
+        full_low = tl.minimum(tl.maximum(tl.cdiv(full_low_key, BN), low), high)
+        full_high = tl.minimum(tl.maximum(full_high_key // BN, full_low), high)
+        extra = tl.where(low > 0, any_row, 0) if PINNED else 0
+    return extra, low, full_low, full_high, high
+
+
+@triton.jit
+def row_bounds(start_ptr, stop_ptr, offset, i, num_tokens, CAUSAL: tl.constexpr):
+    """start and stop of a tile's queries; a row past the end is empty."""
+    if CAUSAL:
+        start, stop = i * 0, i + 1
+    else:
+        exists = i < num_tokens
+        start = tl.load(start_ptr + offset + i, mask=exists, other=0)
+        stop = tl.load(stop_ptr + offset + i, mask=exists, other=0)
+    return start, stop

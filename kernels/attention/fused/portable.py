@@ -1,0 +1,175 @@
+"""Launches of the portable Triton kernels, which run on any card and in the interpreter.
+
+Axes: B rows of the batch, T query and key positions, H query heads, G key/value heads, D query/key
+head dim, E value head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.attention.fused.backward import bounds_kernel, key_kernel, plan_kernel, query_kernel
+from kernels.attention.fused.forward import forward_kernel
+from kernels.attention.fused.tensors import (
+    MIN_PART,
+    BackwardCall,
+    BackwardOutputs,
+    ForwardOutputs,
+    MaskTensors,
+    parts,
+    parts_of,
+    precision_of,
+)
+from kernels.attention.fused.tiles import Tile
+
+
+def forward(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    v_BTGE: Tensor,
+    mask: MaskTensors,
+    null_logit_BHT: Tensor | None,
+    slopes_H: Tensor | None,
+    scale: float,
+    level: str,
+    outputs: ForwardOutputs,
+    tile: Tile,
+) -> None:
+    """Fill ``outputs``."""
+    batch_size, num_tokens, num_heads, head_dim = q_BTHD.shape
+    null_strides = (0, 0, 0) if null_logit_BHT is None else null_logit_BHT.stride()
+    num_tiles = triton.cdiv(num_tokens, tile.queries)
+    top_BHT = None if level == "off" else torch.empty_like(outputs.lse_BHT)
+    forward_kernel[(num_tiles, batch_size * num_heads)](
+        *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
+        *parts(outputs.out_BTHE, tile.queries),
+        q_BTHD, *q_BTHD.stride()[:3],
+        k_BTGD, *k_BTGD.stride()[:3],
+        mask.start_BT, mask.stop_BT, mask.document_start_BT,
+        null_logit_BHT, *null_strides,
+        slopes_H,
+        outputs.lse_BHT, outputs.first_BHT, outputs.document_BHT, outputs.null_BHT,
+        outputs.entropy_BHT, top_BHT,
+        num_tokens, num_heads, num_heads // k_BTGD.shape[2], scale,
+        CAUSAL=mask.is_causal, PINNED=mask.pinned > 0,
+        HAS_NULL=null_logit_BHT is not None, HAS_SLOPES=slopes_H is not None,
+        MEASURE=level != "off", ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
+        E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
+        BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD),
+        **tile.launch_options,
+    )  # fmt: skip
+    if top_BHT is not None:
+        torch.amax(top_BHT, -1, out=outputs.max_BH)
+
+
+def query_gradients(
+    call: BackwardCall,
+    grads: BackwardOutputs,
+    log_sum_BHt: Tensor,
+    shift_BHt: Tensor,
+    tile: Tile,
+) -> None:
+    """Fill dq of ``grads``, and log_sum and shift, which may hold more rows than T."""
+    q_BTHD, k_BTGD, v_BTGE, mask = call.q_BTHD, call.k_BTGD, call.v_BTGE, call.mask
+    batch_size, num_tokens, num_heads, _ = q_BTHD.shape
+    num_rows = log_sum_BHt.shape[2]
+    query_kernel[(triton.cdiv(num_rows, tile.queries), batch_size * num_heads)](
+        *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
+        *parts(call.out_BTHE, tile.queries), *parts(call.dout_BTHE, tile.queries),
+        *parts(grads.dq_BTHD, tile.queries),
+        mask.start_BT, mask.stop_BT, call.slopes_H, call.lse_BHT, call.dlse_BHT,
+        log_sum_BHt, shift_BHt,
+        num_tokens, num_rows, num_heads, num_heads // k_BTGD.shape[2], call.scale,
+        CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_SLOPES=call.slopes_H is not None,
+        D0=parts_of(q_BTHD.shape[3])[0], D1=_second(q_BTHD),
+        BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
+    )  # fmt: skip
+
+
+def key_gradients(
+    call: BackwardCall,
+    grads: BackwardOutputs,
+    log_sum_BHt: Tensor,
+    shift_BHt: Tensor,
+    tile: Tile,
+) -> None:
+    """Fill dk, dv and, if the call measures, key mass of ``grads``."""
+    q_BTHD, k_BTGD, v_BTGE, mask = call.q_BTHD, call.k_BTGD, call.v_BTGE, call.mask
+    batch_size, num_tokens, num_heads, _ = q_BTHD.shape
+    num_groups = k_BTGD.shape[2]
+    key_kernel[(triton.cdiv(num_tokens, tile.keys), batch_size * num_groups)](
+        *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
+        *parts(call.dout_BTHE, tile.queries), *parts(grads.dk_BTGD, tile.keys),
+        *parts(grads.dv_BTGE, tile.keys),
+        mask.start_BT, mask.stop_BT, plan(mask, tile.queries, tile.keys), call.slopes_H,
+        log_sum_BHt, shift_BHt, grads.key_mass_BHT,
+        num_tokens, log_sum_BHt.shape[2], num_groups, num_heads // num_groups, call.scale,
+        CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_SLOPES=call.slopes_H is not None,
+        GRADIENTS=True, MEASURE=call.measures, EVEN=num_tokens % tile.queries == 0,
+        D0=parts_of(q_BTHD.shape[3])[0], D1=_second(q_BTHD),
+        E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
+        BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
+    )  # fmt: skip
+
+
+def key_mass(
+    q_BTHD: Tensor,
+    k_BTGD: Tensor,
+    log_sum_BHT: Tensor,
+    mask: MaskTensors,
+    slopes_H: Tensor | None,
+    scale: float,
+    key_mass_BHT: Tensor,
+    tile: Tile,
+) -> None:
+    """Fill ``key_mass_BHT`` where there is no backward pass: the key kernel without gradients."""
+    batch_size, num_tokens, num_heads, _ = q_BTHD.shape
+    num_groups = k_BTGD.shape[2]
+    no_values_and_gradients = [None] * 8
+    key_kernel[(triton.cdiv(num_tokens, tile.keys), batch_size * num_groups)](
+        *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *no_values_and_gradients,
+        mask.start_BT, mask.stop_BT, plan(mask, tile.queries, tile.keys), slopes_H,
+        log_sum_BHT, None, key_mass_BHT,
+        num_tokens, log_sum_BHT.shape[2], num_groups, num_heads // num_groups, scale,
+        CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_SLOPES=slopes_H is not None,
+        GRADIENTS=False, MEASURE=True, EVEN=num_tokens % tile.queries == 0,
+        D0=MIN_PART, D1=MIN_PART, E0=MIN_PART, E1=MIN_PART,
+        BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
+    )  # fmt: skip
+
+
+def plan(mask: MaskTensors, queries: int, keys: int) -> Tensor | None:
+    """The query tiles that see each key tile, [B, key tiles, 4]; a causal mask needs no table."""
+    if mask.is_causal:
+        return None
+    batch_size, num_tokens = mask.start_BT.shape
+    num_query_tiles, num_key_tiles = triton.cdiv(num_tokens, queries), triton.cdiv(num_tokens, keys)
+    plan_BK4 = mask.start_BT.new_empty((batch_size, num_key_tiles, 4))
+    tiles_a_program = 16
+    plan_kernel[(triton.cdiv(num_key_tiles, tiles_a_program), batch_size)](
+        mask.start_BT, mask.stop_BT, plan_BK4, num_tokens, num_query_tiles, num_key_tiles,
+        PINNED=mask.pinned > 0, BM=queries, BN=keys, TILES=tiles_a_program, num_warps=1,
+    )  # fmt: skip
+    return plan_BK4
+
+
+def bounds(mask: MaskTensors, queries: int) -> Tensor | None:
+    """The keys that each query tile sees, [B, query tiles, 8]; a causal mask needs no table."""
+    if mask.is_causal:
+        return None
+    batch_size, num_tokens = mask.start_BT.shape
+    num_tiles = triton.cdiv(num_tokens, queries)
+    bounds_BM8 = mask.start_BT.new_empty((batch_size, num_tiles, 8))
+    bounds_kernel[(num_tiles, batch_size)](
+        mask.start_BT, mask.stop_BT, bounds_BM8, num_tokens,
+        PINNED=mask.pinned > 0, BM=queries, num_warps=1,
+    )  # fmt: skip
+    return bounds_BM8
+
+
+def _second(x: Tensor) -> int:
+    """Width of the second part, or a placeholder's."""
+    return parts_of(x.shape[3])[1] or MIN_PART
