@@ -267,19 +267,25 @@ def key_kernel(
 
 @triton.jit
 def bounds_kernel(
-    start_ptr, stop_ptr, bounds_ptr, num_tokens, PINNED: tl.constexpr, BM: tl.constexpr
+    start_ptr, stop_ptr, document_ptr, bounds_ptr, num_tokens,
+    PINNED: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B). bounds [B, query tiles, 8]: what ``tile_bounds`` says of each tile."""
+    """Grid (query tiles, B). bounds [B, query tiles, 8]: what ``tile_bounds`` says of each tile,
+    then the earliest and the latest first token of its queries' documents.
+    """
     i_M = tl.program_id(0) * BM + tl.arange(0, BM)
     row_offset = tl.program_id(1).to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, False)
     low, high, full_low, full_high, any_row = tile_bounds(i_M, num_tokens, start_M, stop_M, PINNED)
+    document_M = tl.load(document_ptr + row_offset + i_M, mask=i_M < num_tokens, other=-1)
     bounds = bounds_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 8
     tl.store(bounds, low)
     tl.store(bounds + 1, high)
     tl.store(bounds + 2, full_low)
     tl.store(bounds + 3, full_high)
     tl.store(bounds + 4, any_row)
+    tl.store(bounds + 5, tl.min(tl.where(document_M < 0, num_tokens, document_M)))
+    tl.store(bounds + 6, tl.max(document_M))
 
 
 @triton.jit

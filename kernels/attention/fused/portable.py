@@ -38,15 +38,13 @@ def forward(
     tile: Tile,
 ) -> None:
     """Fill ``outputs``."""
-    batch_size, num_tokens, num_heads, head_dim = q_BTHD.shape
+    batch_size, num_tokens, num_heads, _ = q_BTHD.shape
     null_strides = (0, 0, 0) if null_logit_BHT is None else null_logit_BHT.stride()
     num_tiles = triton.cdiv(num_tokens, tile.queries)
     top_BHT = None if level == "off" else torch.empty_like(outputs.lse_BHT)
     forward_kernel[(num_tiles, batch_size * num_heads)](
         *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
         *parts(outputs.out_BTHE, tile.queries),
-        q_BTHD, *q_BTHD.stride()[:3],
-        k_BTGD, *k_BTGD.stride()[:3],
         mask.start_BT, mask.stop_BT, mask.document_start_BT,
         null_logit_BHT, *null_strides,
         slopes_H,
@@ -56,7 +54,6 @@ def forward(
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0,
         HAS_NULL=null_logit_BHT is not None, HAS_SLOPES=slopes_H is not None,
         MEASURE=level != "off", ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
-        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD),
         **tile.launch_options,
@@ -157,14 +154,14 @@ def plan(mask: MaskTensors, queries: int, keys: int) -> Tensor | None:
 
 
 def bounds(mask: MaskTensors, queries: int) -> Tensor | None:
-    """The keys that each query tile sees, [B, query tiles, 8]; a causal mask needs no table."""
-    if mask.is_causal:
+    """Keys and documents of each query tile, [B, query tiles, 8]; None where they are plain."""
+    if mask.is_causal and mask.one_document:
         return None
     batch_size, num_tokens = mask.start_BT.shape
     num_tiles = triton.cdiv(num_tokens, queries)
     bounds_BM8 = mask.start_BT.new_empty((batch_size, num_tiles, 8))
     bounds_kernel[(num_tiles, batch_size)](
-        mask.start_BT, mask.stop_BT, bounds_BM8, num_tokens,
+        mask.start_BT, mask.stop_BT, mask.document_start_BT, bounds_BM8, num_tokens,
         PINNED=mask.pinned > 0, BM=queries, num_warps=1,
     )  # fmt: skip
     return bounds_BM8

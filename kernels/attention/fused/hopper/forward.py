@@ -30,7 +30,7 @@ from kernels.attention.fused.hopper.pieces import (
     mma_rows,
     products,
 )
-from kernels.attention.fused.hopper.softmax import document_masses, soften
+from kernels.attention.fused.hopper.softmax import soften
 from kernels.attention.fused.hopper.steps import own_steps, tile_of_step, tiles_of_block
 
 
@@ -92,7 +92,7 @@ def _consumer(
         q_full, k_full, k_empty, v_full, v_empty,
     ) = copies  # fmt: skip
     (
-        bounds_ptr, start_ptr, stop_ptr, document_ptr, k_ptr, k_stride_t, null_ptr, null_stride_t,
+        bounds_ptr, start_ptr, stop_ptr, document_ptr, null_ptr, null_stride_t,
         lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
     ) = pointers  # fmt: skip
     batch, block, num_blocks, head, num_tokens, scale = place
@@ -126,6 +126,13 @@ def _consumer(
     spread_M4 = lane_sums(zero_MN)
     top_M = gl.full([ROWS], NEVER, gl.float32, R)
     first_M = gl.full([ROWS], float("-inf"), gl.float32, R)
+    own_M = gl.full([ROWS], float("-inf"), gl.float32, R)
+    document_M, earliest, latest = i_M, 0, 0
+    if MEASURE:  # noqa: SIM102
+        if not ONE_DOCUMENT:
+            document_M = gl.load(document_ptr + i_M, mask=exists_M, other=-1)
+            bounds = bounds_ptr + (batch * num_blocks + gl.minimum(tile, num_blocks - 1)) * 8
+            earliest, latest = gl.load(bounds + 5), gl.load(bounds + 6)
     q0_w, q1_w = flat(q0_s.index(w)), flat(q1_s.index(w))
     mbarrier.wait(q_full.index(w), 0)
     _skip(k_full, k_empty, v_full, v_empty, 0, begin, STAGES)
@@ -136,9 +143,10 @@ def _consumer(
         x_MN = warpgroup_mma_wait(0, deps=(x_MN,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         t = tile_of_step(begin, low, high)
-        p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M = soften(
-            x_MN, sum_M4, top_M, spread_M4, first_M, i_M, t * BN, n_N, start_M, stop_M, factor,
-            (t < full_low) | (t >= full_high), CAUSAL, PINNED, MEASURE, ENTROPY,
+        p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M, own_M = soften(
+            x_MN, sum_M4, top_M, spread_M4, first_M, own_M, i_M, t * BN, n_N, start_M, stop_M,
+            document_M, earliest, latest, factor, (t < full_low) | (t >= full_high),
+            CAUSAL, PINNED, MEASURE, ENTROPY, ONE_DOCUMENT,
         )  # fmt: skip
         p_a = gl.convert_layout(p_MN.to(dtype), left_operand(D0))
         acc0 = warpgroup_mma_init(acc0)
@@ -161,9 +169,10 @@ def _consumer(
                 x_MN = warpgroup_mma_wait(1, deps=(x_MN,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             t = tile_of_step(i, low, high)
-            p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M = soften(
-                x_MN, sum_M4, top_M, spread_M4, first_M, i_M, t * BN, n_N, start_M, stop_M, factor,
-                (t < full_low) | (t >= full_high), CAUSAL, PINNED, MEASURE, ENTROPY,
+            p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M, own_M = soften(
+                x_MN, sum_M4, top_M, spread_M4, first_M, own_M, i_M, t * BN, n_N, start_M, stop_M,
+                document_M, earliest, latest, factor, (t < full_low) | (t >= full_high),
+                CAUSAL, PINNED, MEASURE, ENTROPY, ONE_DOCUMENT,
             )  # fmt: skip
             if D1 > 0:
                 acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
@@ -212,10 +221,7 @@ def _consumer(
         gl.store(first_ptr + i_M, mass_M, mask=exists_M)
         # An empty row has mass 0 there, padding included.
         if not ONE_DOCUMENT:
-            mass_M = document_masses(
-                q0_w, q1_w, k_ptr, k_stride_t, document_ptr, start_ptr, stop_ptr,
-                i_M, log_sum_M, num_tokens, factor, CAUSAL, PINNED, D0, D1,
-            )  # fmt: skip
+            mass_M = gl.exp2(gl.convert_layout(own_M, RO) * factor - log_sum_M)
         gl.store(document_mass_ptr + i_M, mass_M, mask=exists_M)
         if HAS_NULL:
             null_mass_M = gl.exp2(null_M - log_sum_M)
@@ -235,7 +241,6 @@ def _consumer(
         weight_1 = gl.convert_layout(weight_M, gl.SliceLayout(1, L1))
         q1_w.store((acc1 * weight_1[:, None]).to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
     if row0 < num_tokens:
         tma.async_copy_shared_to_global(out0, [batch, row0, head, 0], q0_s.index(w))
         if D1 > 0:
@@ -246,7 +251,6 @@ def _consumer(
 @gluon.jit
 def forward_kernel(
     q0, q1, k0, k1, v0, v1, out0, out1,
-    k_ptr, k_stride_b, k_stride_t, k_stride_h,
     start_ptr, stop_ptr, document_ptr, bounds_ptr,
     null_ptr, null_stride_b, null_stride_h, null_stride_t,
     lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
@@ -286,7 +290,6 @@ def forward_kernel(
         document_ptr += row
     if HAS_NULL:
         null_ptr += batch.to(gl.int64) * null_stride_b + head * null_stride_h
-    k_ptr += batch.to(gl.int64) * k_stride_b + group * k_stride_h
     row = gl.program_id(1).to(gl.int64) * num_tokens
     lse_ptr += row
     if MEASURE:
@@ -304,7 +307,7 @@ def forward_kernel(
         q_full, k_full, k_empty, v_full, v_empty,
     )  # fmt: skip
     pointers = (
-        bounds_ptr, start_ptr, stop_ptr, document_ptr, k_ptr, k_stride_t, null_ptr, null_stride_t,
+        bounds_ptr, start_ptr, stop_ptr, document_ptr, null_ptr, null_stride_t,
         lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
     )  # fmt: skip
     place = (batch, block, num_blocks, head, num_tokens, scale)

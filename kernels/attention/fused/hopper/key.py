@@ -187,7 +187,6 @@ def _consumer(
         k1_w.store((dk1_ND * scale).to(dtype))
         v1_w.store(dv1_ND.to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
     if j0 < num_tokens:
         tma.async_copy_shared_to_global(dk0, [batch, j0, group, 0], k0_s.index(w))
         tma.async_copy_shared_to_global(dv0, [batch, j0, group, 0], v0_s.index(w))

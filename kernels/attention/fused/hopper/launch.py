@@ -66,7 +66,6 @@ def forward(
     forward_kernel[(num_blocks, batch_size * num_heads)](
         *_parts(q_BTHD, _GROUP_ROWS), *_parts(k_BTGD, tile.rows), *_parts(v_BTGD, tile.rows),
         *_parts(outputs.out_BTHE, _GROUP_ROWS),
-        k_BTGD, *k_BTGD.stride()[:3],
         mask.start_BT, mask.stop_BT, mask.document_start_BT, bounds(mask, _GROUP_ROWS),
         null_logit_BHT, *null_strides,
         outputs.lse_BHT, outputs.first_BHT, outputs.document_BHT, outputs.null_BHT,

@@ -164,7 +164,6 @@ def _consumer(
         dq1_MD = warpgroup_mma_wait(0, deps=(dq1_MD,))
         q1_w.store((dq1_MD * scale).to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
     if row0 < num_tokens:
         tma.async_copy_shared_to_global(dq0, [batch, row0, head, 0], q0_s.index(w))
         if D1 > 0:
