@@ -21,77 +21,24 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from kernels.bench.ahead import in_processes
 from kernels.bench.cases import (
     DOCUMENT_MEDIAN,
     DOCUMENT_SIGMA,
-    DTYPES,
-    MASKS,
-    PRESETS,
     Case,
-    select_cases,
 )
-from kernels.bench.contenders import CONTENDERS, check_names, taking_part
+from kernels.bench.contenders import taking_part
 from kernels.bench.measure import measure_case
+from kernels.bench.options import parse
 from kernels.bench.profiling import kernel_table
 from kernels.bench.table import case_block, summary, write_json
 from kernels.bench.timing import Clock, CudaClock
 from kernels.bench.tune import tune
-from kernels.errors import UserError, require
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Options of the command; ``UserError`` for wrong ones."""
-    parser = _Parser(
-        prog="python -m kernels.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--preset", choices=PRESETS, help="default: record")
-    parser.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        metavar="B,H,T,D",
-        help="rows, heads, tokens a row, head dim; in place of a preset, may be repeated",
-    )
-    parser.add_argument("--mask", choices=MASKS, help="default: both, each shape")
-    parser.add_argument("--groups", type=int, default=0, help="key/value heads; default: as heads")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument(
-        "--only", default="", metavar="NAMES", help=f"some of {', '.join(CONTENDERS)}"
-    )
-    parser.add_argument("--rounds", type=int, default=20, help="bursts of each contender a figure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every shape")
-    parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="start no shape after this time"
-    )
-    parser.add_argument(
-        "--profile", metavar="B,H,T,D", help="print the kernels of one shape and time nothing"
-    )
-    parser.add_argument(
-        "--tune", action="store_true", help="search tile shapes and write the table, nothing else"
-    )
-    options = parser.parse_args(arguments)
-    require(options.rounds >= 2, "--rounds", "must be >= 2", options.rounds)
-    options.names = check_names([name for name in options.only.split(",") if name])
-    ways = [name for name in ("preset", "shape", "profile", "tune") if getattr(options, name)]
-    if len(ways) > 1:
-        raise UserError(f"--{ways[1]} can't be combined with --{ways[0]}")
-    if options.profile:
-        options.shape, options.mask = [options.profile], options.mask or "causal"
-    options.cases = select_cases(
-        options.preset or "record", options.shape, options.mask, options.groups, options.dtype
-    )
-    return options
+from kernels.errors import UserError
 
 
 def run(
@@ -186,7 +133,7 @@ def _commit() -> str | None:
 
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     if not torch.cuda.is_available():
         raise UserError(f"device must be a CUDA GPU, got none (torch {torch.__version__})")
     device = torch.device("cuda")
@@ -201,6 +148,8 @@ def main(arguments: list[str]) -> int:
             for contender in taking_part(case, options.names or ["sinklab+stats", rival]):
                 print(kernel_table(case, contender, device))
             return 0
+        if len(options.cases) > 1:
+            in_processes("kernels.bench.ahead", arguments)
         return run(
             options.cases,
             options.names,

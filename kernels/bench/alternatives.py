@@ -263,5 +263,6 @@ SECOND_PASS = Contender(
     name="second_pass",
     variants=_second_pass_variants,
     prepare=_prepare_second_pass,
+    compiles=True,
     gives=BASIC,
 )

@@ -144,7 +144,7 @@ def _document_bounds(problem: Problem) -> tuple[list[int], int]:
 
 CUDNN = _sdpa("cudnn", SDPBackend.CUDNN_ATTENTION)
 FLASH = _sdpa("flash", SDPBackend.FLASH_ATTENTION)
-FLEX = Contender(name="flex", variants=lambda case: LAYOUTS, prepare=_prepare_flex)
+FLEX = Contender(name="flex", variants=lambda case: LAYOUTS, prepare=_prepare_flex, compiles=True)
 FLASH_VARLEN = Contender(
     name="flash_varlen",
     variants=lambda case: ("BTHD",) if case.mask == "documents" else (),

@@ -84,6 +84,7 @@ class Contender:
     variants: ways to set it up that are tried, the fastest of which is timed; empty where the case
         is not for it. prepare: sets up one variant, or raises ``Skipped``.
     captures: its calls may be captured in a CUDA graph, which has memory of its own for each.
+    compiles: its first call on a shape compiles code.
     gives: what it must measure beside output and gradients.
     """
 
@@ -91,6 +92,7 @@ class Contender:
     variants: Callable[[Case], tuple[str, ...]]
     prepare: Callable[[Problem, str], Bind]
     captures: bool = True
+    compiles: bool = False
     gives: tuple[str, ...] = ()
 
 

@@ -52,6 +52,7 @@ def _ours(name: str, level: StatisticsLevel, *gives: str) -> Contender:
         name=name,
         variants=lambda case: ("BTHD",),
         prepare=prepare,
+        compiles=True,
         gives=("lse_BHT", *gives),
     )
 

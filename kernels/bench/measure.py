@@ -83,10 +83,7 @@ def measure_case(
 
     choices: the variant found fastest by (contender, mask, head dim), found once and kept.
     """
-    # Compiled code of earlier shapes would count against PyTorch's limit of recompilations.
-    torch.compiler.reset()
-    # Else compiled code may overwrite what it saved, and can't go backward twice.
-    torch._functorch.config.donated_buffer = False
+    compile_as_timed()
     result = CaseResult()
     problem = make_problem(case, device)
     sets = [problem.inputs(index) for index in range(num_sets(problem))]
@@ -114,6 +111,14 @@ def measure_case(
     _time(ready, device, clock, rounds, result)
     result.records = [_record(problem, one) for one in ready]
     return result
+
+
+def compile_as_timed() -> None:
+    """Settings of torch.compile for the next case."""
+    # Compiled code of earlier shapes would count against PyTorch's limit of recompilations.
+    torch.compiler.reset()
+    # Else compiled code may overwrite what it saved, and can't go backward twice.
+    torch._functorch.config.donated_buffer = False
 
 
 def num_sets(problem: Problem) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,13 +20,12 @@ from kernels.attention.fused import launch
 from kernels.attention.fused.op import backward_outputs, forward_outputs
 from kernels.attention.fused.tensors import BackwardCall, MaskTensors
 from kernels.attention.fused.tiles import TABLE, Tile, Warpgroups, override_tiles, tile_as_json
+from kernels.bench.ahead import COMPILERS, in_processes
 from kernels.bench.cases import Case, Problem, make_problem
 from kernels.bench.timing import Clock, interleaved
 
 HEAD_DIMS = (64, 96, 128)
 LENGTHS = (2048, 8192)
-COMPILERS = 15
-"""Processes that compile ahead."""
 
 
 class Search(NamedTuple):
@@ -113,20 +112,13 @@ def compile_share(index: int, device: torch.device) -> None:
     ]
     for search, tile in everything[index::COMPILERS]:
         problem = make_problem(replace(search.case, batch=1), device)
-        try:
-            with override_tiles(**{search.kernel: tile}):
-                calls_of(problem, search)()
-        except Exception as error:
-            print(f"left out: {search.kernel} {tile}: {error}", file=sys.stderr)
+        with suppress(Exception), override_tiles(**{search.kernel: tile}):
+            calls_of(problem, search)()
 
 
 def tune(device: torch.device, clock: Clock, rounds: int) -> None:
     """Search, print a line an entry, and write ``TABLE`` with this card's entries renewed."""
-    command = [sys.executable, "-m", "kernels.bench.tune"]
-    compilers = [subprocess.Popen([*command, str(index)]) for index in range(COMPILERS)]
-    for compiler in compilers:
-        compiler.wait()
-
+    in_processes("kernels.bench.tune", [])
     card = torch.cuda.get_device_name(device)
     entries = []
     problem = None
