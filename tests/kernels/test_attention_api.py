@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -265,6 +266,36 @@ class Batch:
     mask: IntervalMask
 
 
+def measured_call(batch: Batch, implementation: str, q, k, v, null, tap):
+    """A call as part of something larger, with all that it can give."""
+    output = sink_attention(
+        q * 1.5,
+        k,
+        v,
+        batch.mask.window(6),
+        null_logit=null,
+        statistics="full",
+        key_mass_tap_BHS=tap,
+        implementation=implementation,
+    )
+    return 2 * output.out_BTHE, output.lse_BHT, output.statistics
+
+
+def results(function, implementation: str) -> list[Tensor]:
+    """What such a call gives, and then its gradients; the tap's last."""
+    tensors = [*inputs().values(), torch.ones(H, requires_grad=True), zeros_tap()]
+    out, lse, statistics = function(Batch(packed()), implementation, *tensors)
+    loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
+    measured = [value for value in statistics if value is not None]
+    assert len(measured) == 5
+    return [out, lse, *measured, *torch.autograd.grad(loss, tensors)]
+
+
+@cache
+def plain_results(implementation: str) -> list[Tensor]:
+    return results(measured_call, implementation)
+
+
 # Dynamo instantiates every autograd function that it traces, and PyTorch warns of that.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("mode", ["compiled", "checkpointed", "compiled_checkpointed"])
@@ -272,36 +303,15 @@ class Batch:
 def test_compiled_and_checkpointed_calls_agree_with_plain_ones(implementation, mode):
     """Checkpointing runs the forward twice: the tap must still be given the key mass once."""
 
-    def attend(batch, q, k, v, null, tap):
-        output = sink_attention(
-            q * 1.5,
-            k,
-            v,
-            batch.mask.window(6),
-            null_logit=null,
-            statistics="full",
-            key_mass_tap_BHS=tap,
-            implementation=implementation,
-        )
-        return 2 * output.out_BTHE, output.lse_BHT, output.statistics
-
     def checkpointed(*args):
-        return checkpoint(attend, *args, use_reentrant=False)
+        return checkpoint(measured_call, *args, use_reentrant=False)
 
-    def results(function):
-        tensors = [*inputs().values(), torch.ones(H, requires_grad=True), zeros_tap()]
-        out, lse, statistics = function(Batch(packed()), *tensors)
-        loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
-        measured = [value for value in statistics if value is not None]
-        assert len(measured) == 5
-        return [out, lse, *measured, *torch.autograd.grad(loss, tensors)]
-
-    function = checkpointed if "checkpointed" in mode else attend
+    function = checkpointed if "checkpointed" in mode else measured_call
     if "compiled" in mode:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    plain = results(attend)
+    plain = plain_results(implementation)
     assert plain[-1].sum() > 0
-    for ours, wanted in zip(results(function), plain, strict=True):
+    for ours, wanted in zip(results(function, implementation), plain, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
 
 

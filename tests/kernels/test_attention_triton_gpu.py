@@ -232,10 +232,10 @@ def test_memory_is_linear_in_the_length(masked):
 
 
 if __name__ == "__main__":
-    from conftest import GPU_CASES, _run
-
     from kernels.attention.fused.tiles import override_tiles
+    from tests.kernels.cases import GPU_CASES
+    from tests.kernels.runs import run
 
     chosen = GPU_CASES[sys.argv[1]]
     with override_tiles(**chosen.tiles):
-        print(digest(_run, chosen, sys.argv[2]))
+        print(digest(run, chosen, sys.argv[2]))
