@@ -51,8 +51,10 @@ def searches() -> Iterator[Search]:
 def candidates(kernel: str, head_dim: int) -> list[Tile | Warpgroups]:
     """Tiles to try: those that were not far behind on any shape of a wider search."""
 
-    def tile(queries: int, keys: int, warps: int, stages: int) -> Tile:
-        return Tile(queries=queries, keys=keys, warps=warps, stages=stages)
+    def tile(
+        queries: int, keys: int, warps: int, stages: int, registers: int | None = None
+    ) -> Tile:
+        return Tile(queries=queries, keys=keys, warps=warps, stages=stages, registers=registers)
 
     def groups(groups: int, rows: int, stages: int, overlap: bool = False) -> Warpgroups:
         return Warpgroups(groups=groups, rows=rows, stages=stages, overlap=overlap)
@@ -60,7 +62,10 @@ def candidates(kernel: str, head_dim: int) -> list[Tile | Warpgroups]:
     if kernel == "forward":
         wide = [groups(3, 128, 2), groups(3, 128, 3)] if head_dim == 64 else [groups(2, 128, 2)]
         portable = [tile(64, 64, 4, 3), tile(64, 64, 4, 2), tile(128, 64, 4, 3)]
-        return [*portable, groups(1, 128, 2), groups(1, 64, 2), *wide]
+        if head_dim == 64:
+            # Four programs at a time on Hopper; the compiler's choice is often 140 registers.
+            portable += [tile(64, 64, 4, 3, 128), tile(64, 64, 4, 2, 128)]
+        return [*portable, groups(1, 128, 2), groups(1, 64, 2), groups(1, 64, 3), *wide]
     if kernel == "query":
         portable = [tile(64, 64, 4, 3), tile(64, 64, 4, 4), tile(64, 32, 4, 3)]
         single = groups(1, 64, 2, overlap=True)
@@ -84,7 +89,7 @@ def calls_of(problem: Problem, search: Search) -> Callable[[], object]:
         problem.mask.one_document,
     )
     scale, level = problem.scale, search.level
-    outputs = forward_outputs(q, v, None, level)
+    outputs = forward_outputs(q, v, None, level, mask.one_document)
     if search.kernel == "forward":
         return lambda: launch.forward(q, k, v, mask, None, None, scale, level, outputs)
     launch.forward(q, k, v, mask, None, None, scale, level, outputs)

@@ -1,12 +1,13 @@
 """The Triton kernels as a GPU runs them: every dtype, real shapes, what the hardware adds.
 
-Run as a script with the names of a case and a way, it prints the digest of all that comes out.
+Run as a script with the name of a case, it prints the digest of all that comes out.
 """
 
 import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from kernels.masks import IntervalMask
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # One worker has them all: each that has some runs all of ``digests``.
+    pytest.mark.xdist_group("attention_triton_gpu"),
 ]
 
 MEASURED = {"statistics": "full", "tap": True}
@@ -55,45 +58,44 @@ def run_exact(run_case, gpu_case, *args, **settings):
     return run_case(gpu_case.case, torch.float64, *args, **settings)
 
 
-def digest(run_case, gpu_case, way: str) -> str:
-    """sha256 of out, lse, gradients and statistics."""
-    output, gradients = run_triton(run_case, gpu_case, **WAYS[way])
+def digest(run_case, gpu_case) -> str:
+    """sha256 of out, lse, gradients and statistics, in all the ways that the case is run."""
     sha256 = hashlib.sha256()
-    for x in (output.out_BTHE, output.lse_BHT, *(output.statistics or ()), *gradients.values()):
-        if x is not None:
-            sha256.update(x.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    for way in WAYS if gpu_case.name in ALL_WAYS else ["full-tap"]:
+        output, gradients = run_triton(run_case, gpu_case, **WAYS[way])
+        for x in (output.out_BTHE, output.lse_BHT, *(output.statistics or ()), *gradients.values()):
+            if x is not None:
+                sha256.update(x.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return sha256.hexdigest()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def digests(gpu_cases) -> dict[tuple[str, str], str]:
-    """By case and way, the digest or what went wrong, each from a process of its own.
+def digests(gpu_cases) -> dict[str, str]:
+    """By case, the digest or what went wrong, each from a process of its own.
 
     Most of their time goes into compiling kernels, which the tests then find in Triton's cache; so
-    they run all at once, before the first test.
+    they run before the first test, as many at once as there are cores.
     """
     root = Path(__file__).parents[2]
-    runs = [
-        (name, way) for name in gpu_cases for way in WAYS if way == "full-tap" or name in ALL_WAYS
-    ]
-    processes = {
-        run: subprocess.Popen(
-            [sys.executable, __file__, *run],
-            env=os.environ | {"PYTHONPATH": str(root)},
+
+    def output_of(name: str) -> str:
+        process = subprocess.run(
+            [sys.executable, __file__, name],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for run in runs
-    }
-    return {run: process.communicate()[0].strip() for run, process in processes.items()}
+        return process.stdout.strip()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(gpu_cases, pool.map(output_of, gpu_cases), strict=True))
 
 
 def test_two_processes_agree_bitwise(gpu_case, digests, run_case):
-    for (name, way), theirs in digests.items():
-        if name == gpu_case.name:
-            # Warnings may come first.
-            assert theirs.endswith(digest(run_case, gpu_case, way)), theirs
+    # Warnings may come first.
+    theirs = digests[gpu_case.name]
+    assert theirs.endswith(digest(run_case, gpu_case)), theirs
 
 
 def test_agrees_with_the_reference(gpu_case, run_case, assert_agrees):
@@ -238,4 +240,4 @@ if __name__ == "__main__":
 
     chosen = GPU_CASES[sys.argv[1]]
     with override_tiles(**chosen.tiles):
-        print(digest(run, chosen, sys.argv[2]))
+        print(digest(run, chosen))

@@ -2,9 +2,9 @@
 
 Online softmax over key tiles (FlashAttention-2, arXiv 2307.08691): tiles that every row sees whole
 skip the mask, tiles that no row sees are not visited. The statistics cost little beside: the
-largest score is the running maximum that the softmax keeps anyway; the score of key 0, and of the
-first token of a query's document, is one of those of one tile, and exp(score - lse) the mass;
-entropy adds one sum, sum_j p_j x_j, to the loop.
+largest score is the running maximum that the softmax keeps anyway; key 0's score is a column of
+one tile, and exp(score - lse) its mass; a document's first token takes one dot product a query,
+once, in the epilogue; entropy adds one sum, sum_j p_j x_j, to the loop.
 
 Axes: M query rows and N keys of a tile, D query/key head dim, E value head dim.
 """
@@ -29,20 +29,17 @@ from kernels.attention.fused.blocks import (
 
 @triton.jit
 def _attend(
-    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M,
+    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M,
     q0_MD, q1_MD, k0, k1, v0, v1,
-    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M,
-    document_M, earliest, latest, factor, slope,
+    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, slope,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    MEASURE: tl.constexpr, ENTROPY: tl.constexpr, ONE_DOCUMENT: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr, ENTROPY: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add key tiles first_tile, ..., last_tile - 1 to the running softmax.
 
     top_M: largest score so far, before ``factor`` turns it into units of log 2. sum_M4: lane sums
-    of p = 2**(x - top); spread_M4: those of p (x - top). first_M: key 0's score; own_M: that of
-    document_M, the first token of the query's document, which lies between earliest and latest. A
-    tile below ``low`` stands for tile 0, the one with the pinned key.
+    of p = 2**(x - top); spread_M4: those of p (x - top). first_M: key 0's score. A tile below
+    ``low`` stands for tile 0, the one with the pinned key.
     """
     for tile in tl.range(first_tile, last_tile):
         j0 = tl.where(tile < low, 0, tile) * BN if PINNED and MASKED else tile * BN
@@ -59,22 +56,19 @@ def _attend(
             x_MN = tl.where(seen_MN, x_MN, HIDDEN)
 
         # Not one condition: a static one must stand alone.
-        if MEASURE:
+        if MEASURE:  # noqa: SIM102
             if j0 == 0:
                 first_M = tl.sum(tl.where(j_N[None, :] == 0, x_MN, 0.0), 1)
-            if not ONE_DOCUMENT:  # noqa: SIM102
-                if (j0 + BN > earliest) & (j0 <= latest):
-                    x_M = tl.sum(tl.where(j_N[None, :] == document_M[:, None], x_MN, 0.0), 1)
-                    here_M = (document_M >= j0) & (document_M < j0 + BN)
-                    own_M = tl.where(here_M, x_M, own_M)
         new_top_M = tl.maximum(top_M, tl.max(x_MN, 1))
         shift_M = new_top_M if HAS_SLOPES else new_top_M * factor
-        old_M = top_M if HAS_SLOPES else top_M * factor
-        rescale_M = tl.exp2(old_M - shift_M)
+        # Not a difference of products: contracted to a fused multiply-add, that of two equal ones
+        # is a rounding error, which NEVER makes huge.
+        drop_M = top_M - new_top_M if HAS_SLOPES else (top_M - new_top_M) * factor
+        rescale_M = tl.exp2(drop_M)
         x_MN = x_MN - shift_M[:, None] if HAS_SLOPES else x_MN * factor - shift_M[:, None]
         p_MN = tl.exp2(x_MN)
         if ENTROPY:
-            spread_M4 += (old_M - shift_M)[:, None] * sum_M4
+            spread_M4 += drop_M[:, None] * sum_M4
             spread_M4 = spread_M4 * rescale_M[:, None] + lane_sums(p_MN * x_MN)
         sum_M4 = sum_M4 * rescale_M[:, None] + lane_sums(p_MN)
         top_M = new_top_M
@@ -87,12 +81,36 @@ def _attend(
             v1_NE = load_tile(v1, batch, j0, group, BN)
             acc1_ME = acc1_ME * rescale_M[:, None]
             acc1_ME = tl.dot(p_MN, v1_NE, acc1_ME, input_precision=PRECISION)
-    return acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M
+    return acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M
+
+
+@triton.jit
+def _scores_of_keys(
+    q_ptr, k_ptr, i_M, key_M, num_tokens, q_stride, k_stride, factor, slope,
+    HAS_SLOPES: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+):  # fmt: skip
+    """x of one key for each query, in units of log 2.
+
+    The queries are loaded once more: held from the first load on, they would cost registers that
+    the loop needs.
+    """
+    d_D = tl.arange(0, D_PADDED)
+    inside_MD = (i_M < num_tokens)[:, None] & (d_D < D)[None, :]
+    q_ptrs = q_ptr + i_M.to(tl.int64)[:, None] * q_stride + d_D[None, :]
+    k_ptrs = k_ptr + key_M.to(tl.int64)[:, None] * k_stride + d_D[None, :]
+    q_MD = tl.load(q_ptrs, mask=inside_MD, other=0.0).to(tl.float32)
+    k_MD = tl.load(k_ptrs, mask=inside_MD, other=0.0).to(tl.float32)
+    x_M = tl.sum(q_MD * k_MD, 1) * factor
+    if HAS_SLOPES:
+        x_M += slope * (key_M - i_M).to(tl.float32)
+    return x_M
 
 
 @triton.jit
 def forward_kernel(
     q0, q1, k0, k1, v0, v1, out0, out1,
+    q_ptr, q_stride_b, q_stride_t, q_stride_h,
+    k_ptr, k_stride_b, k_stride_t, k_stride_h,
     start_ptr, stop_ptr, document_ptr,
     null_ptr, null_stride_b, null_stride_h, null_stride_t,
     slopes_ptr,
@@ -100,13 +118,14 @@ def forward_kernel(
     num_tokens, num_heads, heads_per_group, scale,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_NULL: tl.constexpr, HAS_SLOPES: tl.constexpr,
     MEASURE: tl.constexpr, ENTROPY: tl.constexpr, ONE_DOCUMENT: tl.constexpr,
-    E0: tl.constexpr, E1: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, B H). Parts (q0, q1, ...) are descriptors [B, T, heads, width].
 
-    Writes out, lse [B, H, T] and, if MEASURE, first_mass, document_mass, null_mass, (ENTROPY)
-    entropy and the largest scaled score of each row, top, all [B, H, T].
+    Writes out, lse [B, H, T] and, if MEASURE, first_mass, document_mass (unless ONE_DOCUMENT, which
+    makes it first_mass), null_mass and (ENTROPY) entropy, all [B, H, T], and the largest scaled
+    score of the tile, top [B, H, query tiles].
     """
     # The last tiles see most keys under a causal mask: heavy work first fills the card evenly.
     m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -132,32 +151,22 @@ def forward_kernel(
     spread_M4 = tl.zeros([BM, 4], tl.float32)
     top_M = tl.full([BM], NEVER, tl.float32)
     first_M = tl.full([BM], float("-inf"), tl.float32)
-    own_M = tl.full([BM], float("-inf"), tl.float32)
-    document_M, earliest, latest = i_M, 0, 0
-    if MEASURE:  # noqa: SIM102
-        if not ONE_DOCUMENT:
-            document_M = tl.load(document_ptr + row_offset + i_M, mask=i_M < num_tokens, other=-1)
-            earliest = tl.min(tl.where(document_M < 0, num_tokens, document_M))
-            latest = tl.max(document_M)
     if not CAUSAL:
-        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M = _attend(
-            acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M,
+        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M = _attend(
+            acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M,
             q0_MD, q1_MD, k0, k1, v0, v1,
-            batch, group, low, low - extra, full_low, i_M, start_M, stop_M,
-            document_M, earliest, latest, factor, slope,
-            True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, ONE_DOCUMENT, BN, PRECISION,
+            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
+            True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
         )  # fmt: skip
-    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M = _attend(
-        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M, q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_low, full_high, i_M, start_M, stop_M,
-            document_M, earliest, latest, factor, slope,
-        False, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, ONE_DOCUMENT, BN, PRECISION,
+    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M = _attend(
+        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, q0_MD, q1_MD, k0, k1, v0, v1,
+        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
+        False, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
     )  # fmt: skip
-    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M = _attend(
-        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M, q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_high, high, i_M, start_M, stop_M,
-            document_M, earliest, latest, factor, slope,
-        True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, ONE_DOCUMENT, BN, PRECISION,
+    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M = _attend(
+        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, q0_MD, q1_MD, k0, k1, v0, v1,
+        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
+        True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
     )  # fmt: skip
 
     # Everything from here on is once a tile, in units of log 2. A row without a key has no null
@@ -182,25 +191,35 @@ def forward_kernel(
     store_tile(out0, batch, m * BM, head, acc0_ME * weight_M[:, None])
     if out1 is not None:
         store_tile(out1, batch, m * BM, head, acc1_ME * weight_M[:, None])
+    # The accumulators' registers are free now, and other programs hide the wait.
+    if MEASURE:  # noqa: SIM102
+        if not ONE_DOCUMENT:
+            document_M = tl.load(document_ptr + row_offset + i_M, mask=i_M < num_tokens, other=-1)
+            own_M = _scores_of_keys(
+                q_ptr + batch.to(tl.int64) * q_stride_b + head * q_stride_h,
+                k_ptr + batch.to(tl.int64) * k_stride_b + group * k_stride_h,
+                i_M, tl.maximum(document_M, 0), num_tokens, q_stride_t, k_stride_t, factor, slope,
+                HAS_SLOPES, D, D_PADDED,
+            )  # fmt: skip
+            sees_M = visible(i_M, document_M, start_M, stop_M, CAUSAL, PINNED)
+            own_M = tl.where((document_M >= 0) & sees_M, own_M, float("-inf"))
     tl.store(lse_ptr + row_M, tl.where(seen_M, log_sum_M * LN_2, float("-inf")), mask=exists_M)
 
     if MEASURE:
         log_sum_M = tl.where(seen_M, log_sum_M, float("inf"))
-        tl.store(top_ptr + row_M, tl.where(seen_M, top_M * LN_2, float("-inf")), mask=exists_M)
-        mass_M = tl.exp2(first_M - log_sum_M)
-        tl.store(first_ptr + row_M, mass_M, mask=exists_M)
-
+        top = tl.max(tl.where(seen_M & exists_M, top_M * LN_2, float("-inf")), 0)
+        tl.store(top_ptr + tl.program_id(1) * tl.num_programs(0) + m, top)
+        tl.store(first_ptr + row_M, tl.exp2(first_M - log_sum_M), mask=exists_M)
         # An empty row has mass 0 there, padding included.
         if not ONE_DOCUMENT:
-            mass_M = tl.exp2((own_M if HAS_SLOPES else own_M * factor) - log_sum_M)
-        tl.store(document_mass_ptr + row_M, mass_M, mask=exists_M)
+            tl.store(document_mass_ptr + row_M, tl.exp2(own_M - log_sum_M), mask=exists_M)
         if HAS_NULL:
             null_mass_M = tl.exp2(null_M - log_sum_M)
             tl.store(null_mass_ptr + row_M, null_mass_M, mask=exists_M)
         if ENTROPY:
-            # Entropy = log sum - E[x], the null slot's x included; sums are relative to top.
-            mean_M = (tl.sum(spread_M4, 1) + sum_M * top_M) * weight_M
+            # sum_j P_j (log_sum - x_j), relative to top: no difference of two large sums.
+            sums_M = sum_M * (log_sum_M - top_M) - tl.sum(spread_M4, 1)
+            entropy_M = tl.where(seen_M, sums_M * weight_M, 0.0)
             if HAS_NULL:
-                mean_M += tl.where(null_mass_M > 0.0, null_mass_M * null_M, 0.0)
-            entropy_M = tl.where(seen_M, (log_sum_M - mean_M) * LN_2, 0.0)
-            tl.store(entropy_ptr + row_M, entropy_M, mask=exists_M)
+                entropy_M += tl.where(null_mass_M > 0.0, null_mass_M * (log_sum_M - null_M), 0.0)
+            tl.store(entropy_ptr + row_M, entropy_M * LN_2, mask=exists_M)

@@ -62,7 +62,8 @@ def fused_attention(
             key_mass_BHT = _key_mass(q_BTHD, k_BTGD, lse_BHT, slopes_H, *intervals, *kind, scale)
     statistics = Statistics(
         first_mass_BHT=first_BHT,
-        document_mass_BHT=document_BHT,
+        # An operator may not return the same tensor twice.
+        document_mass_BHT=first_BHT if mask.one_document else document_BHT,
         null_mass_BHT=None if null_logit_BHT is None else null_BHT,
         key_mass_BHS=key_mass_BHT,
         max_logit_BH=max_BH,
@@ -71,8 +72,10 @@ def fused_attention(
     return out_BTHE, lse_BHT, statistics
 
 
-def forward_outputs(q: Tensor, v: Tensor, null_logit: Tensor | None, level: str) -> ForwardOutputs:
-    """Fresh outputs; what isn't asked for has no elements."""
+def forward_outputs(
+    q: Tensor, v: Tensor, null_logit: Tensor | None, level: str, one_document: bool
+) -> ForwardOutputs:
+    """Fresh outputs; what isn't asked for, or is first mass already, has no elements."""
     batch_size, num_tokens, num_heads, _ = q.shape
     BHT = (batch_size, num_heads, num_tokens)
     measures = level != StatisticsLevel.off
@@ -84,7 +87,7 @@ def forward_outputs(q: Tensor, v: Tensor, null_logit: Tensor | None, level: str)
         out_BTHE=q.new_empty((batch_size, num_tokens, num_heads, v.shape[3])),
         lse_BHT=row_values(True),
         first_BHT=row_values(measures),
-        document_BHT=row_values(measures),
+        document_BHT=row_values(measures and not one_document),
         null_BHT=row_values(measures and null_logit is not None),
         max_BH=row_values(measures, BHT[:2]),
         entropy_BHT=row_values(level == StatisticsLevel.full),
@@ -116,7 +119,7 @@ def _attention(
     level,
 ):
     """out, lse, first mass, document mass, null mass, max logit, entropy."""
-    outputs = forward_outputs(q, v, null_logit, level)
+    outputs = forward_outputs(q, v, null_logit, level, one_document)
     mask = MaskTensors(start, stop, document_start, pinned, is_causal, one_document)
     q, k, v = (as_loadable(x) for x in (q, k, v))
     # Triton launches on the current device, which need not be the tensors'.
@@ -142,7 +145,7 @@ def _(
     scale,
     level,
 ):
-    return tuple(forward_outputs(q, v, null_logit, level))
+    return tuple(forward_outputs(q, v, null_logit, level, one_document))
 
 
 @torch.library.custom_op(

@@ -38,28 +38,32 @@ def forward(
     tile: Tile,
 ) -> None:
     """Fill ``outputs``."""
-    batch_size, num_tokens, num_heads, _ = q_BTHD.shape
+    batch_size, num_tokens, num_heads, head_dim = q_BTHD.shape
     null_strides = (0, 0, 0) if null_logit_BHT is None else null_logit_BHT.stride()
     num_tiles = triton.cdiv(num_tokens, tile.queries)
-    top_BHT = None if level == "off" else torch.empty_like(outputs.lse_BHT)
+    # The largest score of each of M tiles.
+    top_BHM = outputs.lse_BHT.new_empty((batch_size, num_heads, num_tiles))
     forward_kernel[(num_tiles, batch_size * num_heads)](
         *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
         *parts(outputs.out_BTHE, tile.queries),
+        q_BTHD, *q_BTHD.stride()[:3],
+        k_BTGD, *k_BTGD.stride()[:3],
         mask.start_BT, mask.stop_BT, mask.document_start_BT,
         null_logit_BHT, *null_strides,
         slopes_H,
         outputs.lse_BHT, outputs.first_BHT, outputs.document_BHT, outputs.null_BHT,
-        outputs.entropy_BHT, top_BHT,
+        outputs.entropy_BHT, top_BHM,
         num_tokens, num_heads, num_heads // k_BTGD.shape[2], scale,
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0,
         HAS_NULL=null_logit_BHT is not None, HAS_SLOPES=slopes_H is not None,
         MEASURE=level != "off", ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
+        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD),
         **tile.launch_options,
     )  # fmt: skip
-    if top_BHT is not None:
-        torch.amax(top_BHT, -1, out=outputs.max_BH)
+    if level != "off":
+        torch.amax(top_BHM, -1, out=outputs.max_BH)
 
 
 def query_gradients(

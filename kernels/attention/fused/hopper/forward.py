@@ -29,6 +29,7 @@ from kernels.attention.fused.hopper.pieces import (
     left_operand,
     mma_rows,
     products,
+    visible,
 )
 from kernels.attention.fused.hopper.softmax import soften
 from kernels.attention.fused.hopper.steps import own_steps, tile_of_step, tiles_of_block
@@ -125,8 +126,8 @@ def _consumer(
     sum_M4 = lane_sums(zero_MN)
     spread_M4 = lane_sums(zero_MN)
     top_M = gl.full([ROWS], NEVER, gl.float32, R)
-    first_M = gl.full([ROWS], float("-inf"), gl.float32, R)
-    own_M = gl.full([ROWS], float("-inf"), gl.float32, R)
+    first_M4 = lane_sums(zero_MN) + float("-inf")
+    own_M4 = lane_sums(zero_MN)
     document_M, earliest, latest = i_M, 0, 0
     if MEASURE:  # noqa: SIM102
         if not ONE_DOCUMENT:
@@ -143,8 +144,8 @@ def _consumer(
         x_MN = warpgroup_mma_wait(0, deps=(x_MN,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         t = tile_of_step(begin, low, high)
-        p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M, own_M = soften(
-            x_MN, sum_M4, top_M, spread_M4, first_M, own_M, i_M, t * BN, n_N, start_M, stop_M,
+        p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M4, own_M4 = soften(
+            x_MN, sum_M4, top_M, spread_M4, first_M4, own_M4, i_M, t * BN, n_N, start_M, stop_M,
             document_M, earliest, latest, factor, (t < full_low) | (t >= full_high),
             CAUSAL, PINNED, MEASURE, ENTROPY, ONE_DOCUMENT,
         )  # fmt: skip
@@ -169,8 +170,8 @@ def _consumer(
                 x_MN = warpgroup_mma_wait(1, deps=(x_MN,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             t = tile_of_step(i, low, high)
-            p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M, own_M = soften(
-                x_MN, sum_M4, top_M, spread_M4, first_M, own_M, i_M, t * BN, n_N, start_M, stop_M,
+            p_MN, rescale_M, sum_M4, top_M, spread_M4, first_M4, own_M4 = soften(
+                x_MN, sum_M4, top_M, spread_M4, first_M4, own_M4, i_M, t * BN, n_N, start_M, stop_M,
                 document_M, earliest, latest, factor, (t < full_low) | (t >= full_high),
                 CAUSAL, PINNED, MEASURE, ENTROPY, ONE_DOCUMENT,
             )  # fmt: skip
@@ -196,8 +197,14 @@ def _consumer(
         mbarrier.arrive(v_empty.index(last), count=1)
     _skip(k_full, k_empty, v_full, v_empty, end, count, STAGES)
 
-    # Everything from here on is once a tile, in the layout of the output's rows and in units of
-    # log 2. A row without a key has no null slot either.
+    # Everything from here on is once a tile.
+    if MEASURE:  # noqa: SIM102
+        if not ONE_DOCUMENT:
+            own_M = gl.convert_layout(gl.sum(own_M4, 1), R)
+            sees_M = visible(i_M, document_M, start_M, stop_M, CAUSAL, PINNED)
+            own_M = gl.where((document_M >= 0) & sees_M, own_M, float("-inf"))
+    # In the layout of the output's rows and in units of log 2. A row without a key has no null
+    # slot either.
     RO: gl.constexpr = gl.SliceLayout(1, L0)
     i_M = row0 + gl.arange(0, ROWS, layout=RO)
     exists_M = i_M < num_tokens
@@ -216,24 +223,25 @@ def _consumer(
     gl.store(lse_ptr + i_M, gl.where(seen_M, log_sum_M * LN_2, float("-inf")), mask=exists_M)
     if MEASURE:
         log_sum_M = gl.where(seen_M, log_sum_M, float("inf"))
-        gl.store(top_ptr + i_M, gl.where(seen_M, top_M * LN_2, float("-inf")), mask=exists_M)
-        mass_M = gl.exp2(gl.convert_layout(first_M, RO) * factor - log_sum_M)
-        gl.store(first_ptr + i_M, mass_M, mask=exists_M)
+        top = gl.max(gl.where(seen_M & exists_M, top_M * LN_2, float("-inf")), 0)
+        gl.store(top_ptr + tile, top)
+        first_M = gl.convert_layout(gl.sum(first_M4, 1), RO) * factor
+        gl.store(first_ptr + i_M, gl.exp2(first_M - log_sum_M), mask=exists_M)
         # An empty row has mass 0 there, padding included.
         if not ONE_DOCUMENT:
-            mass_M = gl.exp2(gl.convert_layout(own_M, RO) * factor - log_sum_M)
-        gl.store(document_mass_ptr + i_M, mass_M, mask=exists_M)
+            own_M = gl.convert_layout(own_M, RO) * factor
+            gl.store(document_mass_ptr + i_M, gl.exp2(own_M - log_sum_M), mask=exists_M)
         if HAS_NULL:
             null_mass_M = gl.exp2(null_M - log_sum_M)
             gl.store(null_mass_ptr + i_M, null_mass_M, mask=exists_M)
         if ENTROPY:
-            # Entropy = log sum - E[x], the null slot's x included; sums are relative to top.
+            # sum_j P_j (log_sum - x_j), relative to top: no difference of two large sums.
             spread_M = gl.convert_layout(gl.sum(spread_M4, 1), RO)
-            mean_M = (spread_M + sum_M * top_M) * weight_M
+            sums_M = sum_M * (log_sum_M - top_M) - spread_M
+            entropy_M = gl.where(seen_M, sums_M * weight_M, 0.0)
             if HAS_NULL:
-                mean_M += gl.where(null_mass_M > 0.0, null_mass_M * null_M, 0.0)
-            entropy_M = gl.where(seen_M, (log_sum_M - mean_M) * LN_2, 0.0)
-            gl.store(entropy_ptr + i_M, entropy_M, mask=exists_M)
+                entropy_M += gl.where(null_mass_M > 0.0, null_mass_M * (log_sum_M - null_M), 0.0)
+            gl.store(entropy_ptr + i_M, entropy_M * LN_2, mask=exists_M)
 
     # The queries' buffer is free now.
     q0_w.store((acc0 * weight_M[:, None]).to(dtype))
@@ -293,11 +301,10 @@ def forward_kernel(
     row = gl.program_id(1).to(gl.int64) * num_tokens
     lse_ptr += row
     if MEASURE:
-        first_ptr, document_mass_ptr, top_ptr = (
-            first_ptr + row,
-            document_mass_ptr + row,
-            top_ptr + row,
-        )
+        first_ptr += row
+        top_ptr += gl.program_id(1) * gl.num_programs(0) * GROUPS
+        if not ONE_DOCUMENT:
+            document_mass_ptr += row
         if HAS_NULL:
             null_mass_ptr += row
         if ENTROPY:

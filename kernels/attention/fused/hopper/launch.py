@@ -60,8 +60,9 @@ def forward(
     batch_size, num_tokens, num_heads, head_dim = q_BTHD.shape
     null_strides = (0, 0, 0) if null_logit_BHT is None else null_logit_BHT.stride()
     measures = level != "off"
-    top_BHT = torch.empty_like(outputs.lse_BHT) if measures else None
     num_blocks = triton.cdiv(num_tokens, _GROUP_ROWS * tile.groups)
+    # The largest score of each of M tiles.
+    top_BHM = outputs.lse_BHT.new_empty((batch_size, num_heads, num_blocks * tile.groups))
     first, second = parts_of(head_dim)
     forward_kernel[(num_blocks, batch_size * num_heads)](
         *_parts(q_BTHD, _GROUP_ROWS), *_parts(k_BTGD, tile.rows), *_parts(v_BTGD, tile.rows),
@@ -69,7 +70,7 @@ def forward(
         mask.start_BT, mask.stop_BT, mask.document_start_BT, bounds(mask, _GROUP_ROWS),
         null_logit_BHT, *null_strides,
         outputs.lse_BHT, outputs.first_BHT, outputs.document_BHT, outputs.null_BHT,
-        outputs.entropy_BHT, top_BHT,
+        outputs.entropy_BHT, top_BHM,
         num_tokens, num_heads, num_heads // k_BTGD.shape[2], scale,
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_NULL=null_logit_BHT is not None,
         MEASURE=measures, ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
@@ -78,7 +79,7 @@ def forward(
         **tile.launch_options,
     )  # fmt: skip
     if measures:
-        torch.amax(top_BHT, -1, out=outputs.max_BH)
+        torch.amax(top_BHM, -1, out=outputs.max_BH)
 
 
 def query_gradients(

@@ -11,15 +11,16 @@ from kernels.attention.fused.hopper.pieces import HIDDEN, lane_sums, of_lanes, v
 
 @gluon.jit
 def soften(
-    x_MN, sum_M4, top_M, spread_M4, first_M, own_M, i_M, j0, n_N, start_M, stop_M, document_M,
+    x_MN, sum_M4, top_M, spread_M4, first_M4, own_M4, i_M, j0, n_N, start_M, stop_M, document_M,
     earliest, latest, factor, masked,
     CAUSAL: gl.constexpr, PINNED: gl.constexpr, MEASURE: gl.constexpr, ENTROPY: gl.constexpr,
     ONE_DOCUMENT: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax.
 
-    Returns p_MN, rescale_M, and renewed sum_M4, top_M, spread_M4, first_M and own_M, which are the
-    portable forward kernel's.
+    Returns p_MN, rescale_M, and renewed sum_M4, top_M, spread_M4, which are the portable forward
+    kernel's, and lane sums that hold one score: first_M4 key 0's, own_M4 that of document_M, the
+    first token of the query's document, which lies between earliest and latest.
     """
     if masked:
         seen_MN = visible(
@@ -29,12 +30,11 @@ def soften(
     # Not one condition: a static one must stand alone.
     if MEASURE:
         if j0 == 0:
-            first_M = gl.sum(gl.where(n_N[None, :] == 0, x_MN, 0.0), 1)
+            first_M4 = lane_sums(gl.where(n_N[None, :] == 0, x_MN, 0.0))
         if not ONE_DOCUMENT:  # noqa: SIM102
             if (j0 + x_MN.shape[1] > earliest) & (j0 <= latest):
-                n_M = document_M - j0
-                x_M = gl.sum(gl.where(n_N[None, :] == n_M[:, None], x_MN, 0.0), 1)
-                own_M = gl.where((n_M >= 0) & (n_M < x_MN.shape[1]), x_M, own_M)
+                own_MN = gl.where(n_N[None, :] == (document_M - j0)[:, None], x_MN, 0.0)
+                own_M4 += lane_sums(own_MN)
     new_top_M = gl.maximum(top_M, gl.max(x_MN, 1))
     rescale_M = gl.exp2((top_M - new_top_M) * factor)
     x_MN = x_MN * factor - (new_top_M * factor)[:, None]
@@ -44,4 +44,4 @@ def soften(
         spread_M4 += of_lanes((top_M - new_top_M) * factor, sum_M4) * sum_M4
         spread_M4 = spread_M4 * rescale_M4 + lane_sums(p_MN * x_MN)
     sum_M4 = sum_M4 * rescale_M4 + lane_sums(p_MN)
-    return p_MN, rescale_M, sum_M4, new_top_M, spread_M4, first_M, own_M
+    return p_MN, rescale_M, sum_M4, new_top_M, spread_M4, first_M4, own_M4
