@@ -19,13 +19,20 @@ import torch
 from kernels.attention.fused import launch
 from kernels.attention.fused.op import backward_outputs, forward_outputs
 from kernels.attention.fused.tensors import BackwardCall, MaskTensors
-from kernels.attention.fused.tiles import TABLE, Tile, Warpgroups, override_tiles, tile_as_json
+from kernels.attention.fused.tiles import (
+    TABLE,
+    Tile,
+    Warpgroups,
+    capability_of,
+    override_tiles,
+    tile_as_json,
+)
 from kernels.bench.ahead import COMPILERS, in_processes
 from kernels.bench.cases import Case, Problem, make_problem
 from kernels.bench.timing import Clock, interleaved
 
 HEAD_DIMS = (64, 96, 128)
-LENGTHS = (2048, 8192)
+LENGTHS = (512, 2048, 8192)
 
 
 class Search(NamedTuple):
@@ -135,6 +142,7 @@ def tune(device: torch.device, clock: Clock, rounds: int) -> None:
             entries.append(
                 {
                     "card": card,
+                    "capability": capability_of(device),
                     "kernel": search.kernel,
                     "head_dim": search.case.head_dim,
                     "tokens": search.case.length,
@@ -188,7 +196,8 @@ def _best_of_each_kind(timings: dict[Tile | Warpgroups, float]) -> list[Tile | W
 def _short(tile: Tile | Warpgroups) -> str:
     if isinstance(tile, Warpgroups):
         return f"{tile.groups} groups x{tile.rows} s{tile.stages}"
-    return f"{tile.queries}x{tile.keys} w{tile.warps} s{tile.stages}"
+    cap = "" if tile.registers is None else f" r{tile.registers}"
+    return f"{tile.queries}x{tile.keys} w{tile.warps} s{tile.stages}{cap}"
 
 
 if __name__ == "__main__":

@@ -122,11 +122,11 @@ def test_whole_tiles_are_skipped():
 
 
 def test_tiles_come_from_the_table(monkeypatch):
-    """The nearest larger head dim and the nearest length of the card; else what any card takes."""
+    """The nearest larger head dim and the nearest length of the card, or of one as capable."""
 
     def entry(queries=0, **changes) -> dict:
         tile = dict(queries=queries, keys=16, warps=4, stages=3)
-        kind = dict(kernel="key", card="A card", mask="causal", level="basic")
+        kind = dict(kernel="key", card="A card", capability="8.0", mask="causal", level="basic")
         return {**kind, "head_dim": 64, "tokens": 1024, "ms": 1.0, "tile": tile, **changes}
 
     hopper = Warpgroups(groups=2, rows=64, stages=2)
@@ -138,10 +138,11 @@ def test_tiles_come_from_the_table(monkeypatch):
         entry(queries=4, head_dim=96),
         entry(queries=5, mask="interval"),
         entry(queries=6, level="off"),
-        entry(queries=7, card="Another card", head_dim=256),
+        entry(queries=7, card="Another card", capability="9.0", head_dim=256),
     ]
     monkeypatch.setattr(tiles, "_table", lambda: table)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     tiles._look_up.cache_clear()
 
     def tile(for_hopper=False, **changes):
@@ -162,6 +163,11 @@ def test_tiles_come_from_the_table(monkeypatch):
         assert tile().queries == 16
         raise ZeroDivisionError
     assert tile().queries == 2
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card of another name")
+    assert tile().queries == 2
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert tile() == tiles._ANY_CARD["key"]
     tiles._look_up.cache_clear()
 
 

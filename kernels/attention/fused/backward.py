@@ -17,13 +17,13 @@ import triton.language as tl
 
 from kernels.attention.fused.blocks import (
     LOG2_E,
+    bounds_of_tile,
     dot_rows,
     key_tiles,
     lane_sums,
     load_tile,
     row_bounds,
     store_tile,
-    tile_bounds,
     visible,
 )
 
@@ -65,7 +65,7 @@ def _query_gradients(
 @triton.jit
 def query_kernel(
     q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1, dq0, dq1,
-    start_ptr, stop_ptr, slopes_ptr, lse_ptr, dlse_ptr, log_sum_ptr, shift_ptr,
+    start_ptr, stop_ptr, bounds_ptr, slopes_ptr, lse_ptr, dlse_ptr, log_sum_ptr, shift_ptr,
     num_tokens, num_rows, num_heads, heads_per_group, scale,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
@@ -82,9 +82,10 @@ def query_kernel(
     i_M = m * BM + tl.arange(0, BM)
     row_offset = batch.to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
-    extra, low, full_low, full_high, high = key_tiles(
-        m, i_M, num_tokens, start_M, stop_M, CAUSAL, PINNED, BM, BN
-    )
+    bounds = None
+    if bounds_ptr is not None:
+        bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
+    extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     exists_M = i_M < num_tokens
     row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
@@ -263,74 +264,3 @@ def key_kernel(
             store_tile(dk1, batch, n * BN, group, dk1_ND * scale)
         if dv1 is not None:
             store_tile(dv1, batch, n * BN, group, dv1_NE)
-
-
-@triton.jit
-def bounds_kernel(
-    start_ptr, stop_ptr, document_ptr, bounds_ptr, num_tokens,
-    PINNED: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Grid (query tiles, B). bounds [B, query tiles, 8]: what ``tile_bounds`` says of each tile,
-    then the earliest and the latest first token of its queries' documents.
-    """
-    i_M = tl.program_id(0) * BM + tl.arange(0, BM)
-    row_offset = tl.program_id(1).to(tl.int64) * num_tokens
-    start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, False)
-    low, high, full_low, full_high, any_row = tile_bounds(i_M, num_tokens, start_M, stop_M, PINNED)
-    document_M = tl.load(document_ptr + row_offset + i_M, mask=i_M < num_tokens, other=-1)
-    bounds = bounds_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 8
-    tl.store(bounds, low)
-    tl.store(bounds + 1, high)
-    tl.store(bounds + 2, full_low)
-    tl.store(bounds + 3, full_high)
-    tl.store(bounds + 4, any_row)
-    tl.store(bounds + 5, tl.min(tl.where(document_M < 0, num_tokens, document_M)))
-    tl.store(bounds + 6, tl.max(document_M))
-
-
-@triton.jit
-def plan_kernel(
-    start_ptr, stop_ptr, plan_ptr, num_tokens, num_query_tiles, num_key_tiles,
-    PINNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Grid (key tiles / TILES, B). For each key tile the query tiles that see it.
-
-    plan [B, key tiles, 4]: low, high, full_low, full_high; tiles low, ..., high - 1 hold every
-    query that sees one of the keys, and full_low, ..., full_high - 1 is the longest run of tiles
-    whose queries all see all of them.
-    """
-    batch = tl.program_id(1)
-    row_offset = batch.to(tl.int64) * num_tokens
-    n_K = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    first_K = n_K * BN
-    end_K = tl.minimum(first_K + BN, num_tokens)
-    low_K = tl.full([TILES], 0, tl.int32) + num_query_tiles
-    high_K = tl.zeros([TILES], tl.int32)
-    run_K = tl.zeros([TILES], tl.int32)
-    longest_K = tl.zeros([TILES], tl.int32)
-    full_high_K = tl.zeros([TILES], tl.int32)
-    for m in range(num_query_tiles):
-        i_M = m * BM + tl.arange(0, BM)
-        start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, False)
-        low_key, high_key, full_low_key, full_high_key, any_row = tile_bounds(
-            i_M, num_tokens, start_M, stop_M, PINNED
-        )
-        visits_K = (low_key < end_K) & (high_key > first_K)
-        if PINNED:
-            visits_K = visits_K | ((n_K == 0) & (any_row > 0))
-        low_K = tl.where(visits_K, tl.minimum(low_K, m), low_K)
-        high_K = tl.where(visits_K, m + 1, high_K)
-        full_K = (full_low_key <= first_K) & (full_high_key >= end_K)
-        run_K = tl.where(full_K, run_K + 1, 0)
-        longer_K = run_K > longest_K
-        longest_K = tl.where(longer_K, run_K, longest_K)
-        full_high_K = tl.where(longer_K, m + 1, full_high_K)
-    low_K = tl.minimum(low_K, high_K)
-    # Without a run of full tiles the masked loops meet at high.
-    full_high_K = tl.where(longest_K > 0, full_high_K, high_K)
-    plan = plan_ptr + (batch * num_key_tiles + n_K) * 4
-    inside_K = n_K < num_key_tiles
-    tl.store(plan, low_K, mask=inside_K)
-    tl.store(plan + 1, high_K, mask=inside_K)
-    tl.store(plan + 2, full_high_K - longest_K, mask=inside_K)
-    tl.store(plan + 3, full_high_K, mask=inside_K)

@@ -65,25 +65,16 @@ def visible(i, j, start, stop, CAUSAL: tl.constexpr, PINNED: tl.constexpr):
 
 
 @triton.jit
-def tile_bounds(i, num_tokens, start, stop, PINNED: tl.constexpr):
-    """Keys that a tile of queries may see: (low, high, full_low, full_high, any_row).
-
-    Some row sees a key only if low <= key < high (or the key is pinned and any_row is 1); every
-    row sees all of full_low <= key < full_high. Empty rows take no part in low and high.
-    """
-    exists = i < num_tokens
-    sees = exists & (stop > start)
-    low = tl.min(tl.where(sees, start, num_tokens))
-    high = tl.max(tl.where(sees, stop, 0))
-    full_low = tl.max(tl.where(exists, start, 0))
-    full_high = tl.min(tl.where(exists, stop, num_tokens))
-    any_row = tl.max(tl.where(exists & (stop > 0), 1, 0)) if PINNED else 0
-    return low, high, full_low, full_high, any_row
+def bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM: tl.constexpr):
+    """Pointer to a query tile's row of the table that ``tables.bounds`` makes."""
+    # A tile of padding past the last one sees nothing, whatever it visits.
+    num_tiles = tl.cdiv(num_tokens, BM)
+    return bounds_ptr + (batch * num_tiles + tl.minimum(m, num_tiles - 1)) * 8
 
 
 @triton.jit
 def key_tiles(
-    m, i, num_tokens, start, stop,
+    bounds, m, num_tokens,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The key tiles a tile of queries visits: (extra, low, full_low, full_high, high).
@@ -96,15 +87,13 @@ def key_tiles(
         full_high = (m * BM + 1) // BN
         high = tl.minimum(tl.cdiv((m + 1) * BM, BN), tl.cdiv(num_tokens, BN))
     else:
-        low_key, high_key, full_low_key, full_high_key, any_row = tile_bounds(
-            i, num_tokens, start, stop, PINNED
-        )
+        low_key, high_key = tl.load(bounds), tl.load(bounds + 1)
         # Rows that see the pinned key alone have no interval: tile 0 is then the extra one.
         low = tl.where(low_key < high_key, low_key // BN, 1)
         high = tl.maximum(tl.cdiv(high_key, BN), low)
-        full_low = tl.minimum(tl.maximum(tl.cdiv(full_low_key, BN), low), high)
-        full_high = tl.minimum(tl.maximum(full_high_key // BN, full_low), high)
-        extra = tl.where(low > 0, any_row, 0) if PINNED else 0
+        full_low = tl.minimum(tl.maximum(tl.cdiv(tl.load(bounds + 2), BN), low), high)
+        full_high = tl.minimum(tl.maximum(tl.load(bounds + 3) // BN, full_low), high)
+        extra = tl.where(low > 0, tl.load(bounds + 4), 0) if PINNED else 0
     return extra, low, full_low, full_high, high
 
 

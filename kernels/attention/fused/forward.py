@@ -2,9 +2,9 @@
 
 Online softmax over key tiles (FlashAttention-2, arXiv 2307.08691): tiles that every row sees whole
 skip the mask, tiles that no row sees are not visited. The statistics cost little beside: the
-largest score is the running maximum that the softmax keeps anyway; key 0's score is a column of
-one tile, and exp(score - lse) its mass; a document's first token takes one dot product a query,
-once, in the epilogue; entropy adds one sum, sum_j p_j x_j, to the loop.
+largest score is the running maximum that the softmax keeps anyway; the score of key 0, and of the
+first token of a query's document, is one of those of one tile, and exp(score - lse) the mass;
+entropy adds one sum, sum_j p_j x_j, to the loop.
 
 Axes: M query rows and N keys of a tile, D query/key head dim, E value head dim.
 """
@@ -17,6 +17,7 @@ from kernels.attention.fused.blocks import (
     LN_2,
     LOG2_E,
     NEVER,
+    bounds_of_tile,
     dot_rows,
     key_tiles,
     lane_sums,
@@ -29,16 +30,18 @@ from kernels.attention.fused.blocks import (
 
 @triton.jit
 def _attend(
-    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M,
+    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4,
     q0_MD, q1_MD, k0, k1, v0, v1,
-    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, slope,
+    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, document_M, factor, slope,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    MEASURE: tl.constexpr, ENTROPY: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    MEASURE: tl.constexpr, ENTROPY: tl.constexpr, LOOK: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add key tiles first_tile, ..., last_tile - 1 to the running softmax.
 
     top_M: largest score so far, before ``factor`` turns it into units of log 2. sum_M4: lane sums
-    of p = 2**(x - top); spread_M4: those of p (x - top). first_M: key 0's score. A tile below
+    of p = 2**(x - top); spread_M4: those of p (x - top). first_M: key 0's score; own_M4: lane
+    sums that hold the score of document_M, which tiles look for if MASKED and LOOK. A tile below
     ``low`` stands for tile 0, the one with the pinned key.
     """
     for tile in tl.range(first_tile, last_tile):
@@ -54,6 +57,9 @@ def _attend(
                 i_M[:, None], j_N[None, :], start_M[:, None], stop_M[:, None], CAUSAL, PINNED
             )
             x_MN = tl.where(seen_MN, x_MN, HIDDEN)
+            if LOOK:
+                own_MN = tl.where(j_N[None, :] == document_M[:, None], x_MN, 0.0)
+                own_M4 += lane_sums(own_MN)
 
         # Not one condition: a static one must stand alone.
         if MEASURE:  # noqa: SIM102
@@ -81,44 +87,41 @@ def _attend(
             v1_NE = load_tile(v1, batch, j0, group, BN)
             acc1_ME = acc1_ME * rescale_M[:, None]
             acc1_ME = tl.dot(p_MN, v1_NE, acc1_ME, input_precision=PRECISION)
-    return acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M
+    return acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4
 
 
 @triton.jit
-def _scores_of_keys(
-    q_ptr, k_ptr, i_M, key_M, num_tokens, q_stride, k_stride, factor, slope,
-    HAS_SLOPES: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-):  # fmt: skip
-    """x of one key for each query, in units of log 2.
+def _looking_tiles(bounds, full_low, full_high, CAUSAL: tl.constexpr, BN: tl.constexpr):
+    """(full_low, full_high) such that every document's first token lies outside.
 
-    The queries are loaded once more: held from the first load on, they would cost registers that
-    the loop needs.
+    Moves the end that leaves more tiles between. Only tiles with a mask look for first tokens: a
+    branch in the loop would cost more than the mask. Documents that see only themselves begin in
+    such tiles anyway.
     """
-    d_D = tl.arange(0, D_PADDED)
-    inside_MD = (i_M < num_tokens)[:, None] & (d_D < D)[None, :]
-    q_ptrs = q_ptr + i_M.to(tl.int64)[:, None] * q_stride + d_D[None, :]
-    k_ptrs = k_ptr + key_M.to(tl.int64)[:, None] * k_stride + d_D[None, :]
-    q_MD = tl.load(q_ptrs, mask=inside_MD, other=0.0).to(tl.float32)
-    k_MD = tl.load(k_ptrs, mask=inside_MD, other=0.0).to(tl.float32)
-    x_M = tl.sum(q_MD * k_MD, 1) * factor
-    if HAS_SLOPES:
-        x_M += slope * (key_M - i_M).to(tl.float32)
-    return x_M
+    before = tl.load(bounds + 5) // BN
+    if CAUSAL:
+        full_high = tl.minimum(full_high, before)
+    else:
+        after = tl.cdiv(tl.load(bounds + 6) + 1, BN)
+        raised = tl.minimum(tl.maximum(full_low, after), full_high)
+        lowered = tl.maximum(tl.minimum(full_high, before), full_low)
+        raises = full_high - raised >= lowered - full_low
+        full_low = tl.where(raises, raised, full_low)
+        full_high = tl.where(raises, full_high, lowered)
+    return full_low, full_high
 
 
 @triton.jit
 def forward_kernel(
     q0, q1, k0, k1, v0, v1, out0, out1,
-    q_ptr, q_stride_b, q_stride_t, q_stride_h,
-    k_ptr, k_stride_b, k_stride_t, k_stride_h,
-    start_ptr, stop_ptr, document_ptr,
+    start_ptr, stop_ptr, document_ptr, bounds_ptr,
     null_ptr, null_stride_b, null_stride_h, null_stride_t,
     slopes_ptr,
     lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
     num_tokens, num_heads, heads_per_group, scale,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_NULL: tl.constexpr, HAS_SLOPES: tl.constexpr,
     MEASURE: tl.constexpr, ENTROPY: tl.constexpr, ONE_DOCUMENT: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    E0: tl.constexpr, E1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, B H). Parts (q0, q1, ...) are descriptors [B, T, heads, width].
@@ -135,9 +138,10 @@ def forward_kernel(
     i_M = m * BM + tl.arange(0, BM)
     row_offset = batch.to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
-    extra, low, full_low, full_high, high = key_tiles(
-        m, i_M, num_tokens, start_M, stop_M, CAUSAL, PINNED, BM, BN
-    )
+    bounds = None
+    if bounds_ptr is not None:
+        bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
+    extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
@@ -151,22 +155,31 @@ def forward_kernel(
     spread_M4 = tl.zeros([BM, 4], tl.float32)
     top_M = tl.full([BM], NEVER, tl.float32)
     first_M = tl.full([BM], float("-inf"), tl.float32)
+    own_M4 = tl.zeros([BM, 4], tl.float32)
+    LOOK: tl.constexpr = MEASURE and not ONE_DOCUMENT
+    document_M = i_M
+    if LOOK:
+        document_M = tl.load(document_ptr + row_offset + i_M, mask=i_M < num_tokens, other=-1)
+        full_low, full_high = _looking_tiles(bounds, full_low, full_high, CAUSAL, BN)
     if not CAUSAL:
-        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M = _attend(
-            acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M,
+        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4 = _attend(
+            acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4,
             q0_MD, q1_MD, k0, k1, v0, v1,
-            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
-            True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
+            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, document_M,
+            factor, slope,
+            True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, LOOK, BN, PRECISION,
         )  # fmt: skip
-    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M = _attend(
-        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
-        False, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
+    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4 = _attend(
+        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4,
+        q0_MD, q1_MD, k0, k1, v0, v1,
+        batch, group, low, full_low, full_high, i_M, start_M, stop_M, document_M, factor, slope,
+        False, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, LOOK, BN, PRECISION,
     )  # fmt: skip
-    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M = _attend(
-        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
-        True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
+    acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4 = _attend(
+        acc0_ME, acc1_ME, sum_M4, top_M, spread_M4, first_M, own_M4,
+        q0_MD, q1_MD, k0, k1, v0, v1,
+        batch, group, low, full_high, high, i_M, start_M, stop_M, document_M, factor, slope,
+        True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, LOOK, BN, PRECISION,
     )  # fmt: skip
 
     # Everything from here on is once a tile, in units of log 2. A row without a key has no null
@@ -191,18 +204,6 @@ def forward_kernel(
     store_tile(out0, batch, m * BM, head, acc0_ME * weight_M[:, None])
     if out1 is not None:
         store_tile(out1, batch, m * BM, head, acc1_ME * weight_M[:, None])
-    # The accumulators' registers are free now, and other programs hide the wait.
-    if MEASURE:  # noqa: SIM102
-        if not ONE_DOCUMENT:
-            document_M = tl.load(document_ptr + row_offset + i_M, mask=i_M < num_tokens, other=-1)
-            own_M = _scores_of_keys(
-                q_ptr + batch.to(tl.int64) * q_stride_b + head * q_stride_h,
-                k_ptr + batch.to(tl.int64) * k_stride_b + group * k_stride_h,
-                i_M, tl.maximum(document_M, 0), num_tokens, q_stride_t, k_stride_t, factor, slope,
-                HAS_SLOPES, D, D_PADDED,
-            )  # fmt: skip
-            sees_M = visible(i_M, document_M, start_M, stop_M, CAUSAL, PINNED)
-            own_M = tl.where((document_M >= 0) & sees_M, own_M, float("-inf"))
     tl.store(lse_ptr + row_M, tl.where(seen_M, log_sum_M * LN_2, float("-inf")), mask=exists_M)
 
     if MEASURE:
@@ -211,15 +212,18 @@ def forward_kernel(
         tl.store(top_ptr + tl.program_id(1) * tl.num_programs(0) + m, top)
         tl.store(first_ptr + row_M, tl.exp2(first_M - log_sum_M), mask=exists_M)
         # An empty row has mass 0 there, padding included.
-        if not ONE_DOCUMENT:
-            tl.store(document_mass_ptr + row_M, tl.exp2(own_M - log_sum_M), mask=exists_M)
+        if LOOK:
+            sees_M = visible(i_M, document_M, start_M, stop_M, CAUSAL, PINNED) & (document_M >= 0)
+            own_M = tl.sum(own_M4, 1) if HAS_SLOPES else tl.sum(own_M4, 1) * factor
+            mass_M = tl.where(sees_M, tl.exp2(own_M - log_sum_M), 0.0)
+            tl.store(document_mass_ptr + row_M, mass_M, mask=exists_M)
         if HAS_NULL:
             null_mass_M = tl.exp2(null_M - log_sum_M)
             tl.store(null_mass_ptr + row_M, null_mass_M, mask=exists_M)
         if ENTROPY:
             # sum_j P_j (log_sum - x_j), relative to top: no difference of two large sums.
             sums_M = sum_M * (log_sum_M - top_M) - tl.sum(spread_M4, 1)
-            entropy_M = tl.where(seen_M, sums_M * weight_M, 0.0)
+            entropy_M = tl.where(seen_M, tl.maximum(sums_M * weight_M, 0.0), 0.0)
             if HAS_NULL:
                 entropy_M += tl.where(null_mass_M > 0.0, null_mass_M * (log_sum_M - null_M), 0.0)
             tl.store(entropy_ptr + row_M, entropy_M * LN_2, mask=exists_M)

@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.attention.fused.backward import bounds_kernel, key_kernel, plan_kernel, query_kernel
+from kernels.attention.fused.backward import key_kernel, query_kernel
 from kernels.attention.fused.forward import forward_kernel
+from kernels.attention.fused.tables import bounds, plan
 from kernels.attention.fused.tensors import (
     MIN_PART,
     BackwardCall,
@@ -38,7 +39,7 @@ def forward(
     tile: Tile,
 ) -> None:
     """Fill ``outputs``."""
-    batch_size, num_tokens, num_heads, head_dim = q_BTHD.shape
+    batch_size, num_tokens, num_heads, _ = q_BTHD.shape
     null_strides = (0, 0, 0) if null_logit_BHT is None else null_logit_BHT.stride()
     num_tiles = triton.cdiv(num_tokens, tile.queries)
     # The largest score of each of M tiles.
@@ -46,9 +47,8 @@ def forward(
     forward_kernel[(num_tiles, batch_size * num_heads)](
         *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
         *parts(outputs.out_BTHE, tile.queries),
-        q_BTHD, *q_BTHD.stride()[:3],
-        k_BTGD, *k_BTGD.stride()[:3],
         mask.start_BT, mask.stop_BT, mask.document_start_BT,
+        bounds(mask, tile.queries, documents=level != "off"),
         null_logit_BHT, *null_strides,
         slopes_H,
         outputs.lse_BHT, outputs.first_BHT, outputs.document_BHT, outputs.null_BHT,
@@ -57,7 +57,6 @@ def forward(
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0,
         HAS_NULL=null_logit_BHT is not None, HAS_SLOPES=slopes_H is not None,
         MEASURE=level != "off", ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
-        D=head_dim, D_PADDED=triton.next_power_of_2(head_dim),
         E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD),
         **tile.launch_options,
@@ -81,7 +80,8 @@ def query_gradients(
         *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
         *parts(call.out_BTHE, tile.queries), *parts(call.dout_BTHE, tile.queries),
         *parts(grads.dq_BTHD, tile.queries),
-        mask.start_BT, mask.stop_BT, call.slopes_H, call.lse_BHT, call.dlse_BHT,
+        mask.start_BT, mask.stop_BT, bounds(mask, tile.queries),
+        call.slopes_H, call.lse_BHT, call.dlse_BHT,
         log_sum_BHt, shift_BHt,
         num_tokens, num_rows, num_heads, num_heads // k_BTGD.shape[2], call.scale,
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_SLOPES=call.slopes_H is not None,
@@ -140,35 +140,6 @@ def key_mass(
         D0=MIN_PART, D1=MIN_PART, E0=MIN_PART, E1=MIN_PART,
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
     )  # fmt: skip
-
-
-def plan(mask: MaskTensors, queries: int, keys: int) -> Tensor | None:
-    """The query tiles that see each key tile, [B, key tiles, 4]; a causal mask needs no table."""
-    if mask.is_causal:
-        return None
-    batch_size, num_tokens = mask.start_BT.shape
-    num_query_tiles, num_key_tiles = triton.cdiv(num_tokens, queries), triton.cdiv(num_tokens, keys)
-    plan_BK4 = mask.start_BT.new_empty((batch_size, num_key_tiles, 4))
-    tiles_a_program = 16
-    plan_kernel[(triton.cdiv(num_key_tiles, tiles_a_program), batch_size)](
-        mask.start_BT, mask.stop_BT, plan_BK4, num_tokens, num_query_tiles, num_key_tiles,
-        PINNED=mask.pinned > 0, BM=queries, BN=keys, TILES=tiles_a_program, num_warps=1,
-    )  # fmt: skip
-    return plan_BK4
-
-
-def bounds(mask: MaskTensors, queries: int) -> Tensor | None:
-    """Keys and documents of each query tile, [B, query tiles, 8]; None where they are plain."""
-    if mask.is_causal and mask.one_document:
-        return None
-    batch_size, num_tokens = mask.start_BT.shape
-    num_tiles = triton.cdiv(num_tokens, queries)
-    bounds_BM8 = mask.start_BT.new_empty((batch_size, num_tiles, 8))
-    bounds_kernel[(num_tiles, batch_size)](
-        mask.start_BT, mask.stop_BT, mask.document_start_BT, bounds_BM8, num_tokens,
-        PINNED=mask.pinned > 0, BM=queries, num_warps=1,
-    )  # fmt: skip
-    return bounds_BM8
 
 
 def _second(x: Tensor) -> int:

@@ -7,7 +7,7 @@ head dim, E value head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,10 @@ MIN_PART = 16
 
 @dataclass(frozen=True)
 class MaskTensors:
-    """An ``IntervalMask`` as a custom operator takes it: start, stop, document start [B, T]."""
+    """An ``IntervalMask`` as a custom operator takes it: start, stop, document start [B, T].
+
+    bounds: tables that one call's kernels share, by queries a tile.
+    """
 
     start_BT: Tensor
     stop_BT: Tensor
@@ -29,6 +32,7 @@ class MaskTensors:
     pinned: int
     is_causal: bool
     one_document: bool
+    bounds: dict[int, Tensor] = field(default_factory=dict)
 
 
 class ForwardOutputs(NamedTuple):

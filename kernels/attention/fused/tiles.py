@@ -3,7 +3,8 @@
 The same inputs then take the same tiles, hence the same order of sums, on every run.
 ``python -m kernels.bench --tune`` measures and writes the table: for each kernel the fastest tile
 of either program, the portable one and Hopper's. A shape that the table doesn't hold takes the
-nearest entry; a card that it doesn't hold, tiles small enough for any.
+nearest entry; a card that it doesn't hold, those of a card of its compute capability (an H200
+takes an H100's), or else tiles small enough for any.
 """
 
 from __future__ import annotations
@@ -105,12 +106,18 @@ def tile_for(kernel: str, situation: Situation, for_hopper: bool) -> Tile | Warp
     return _look_up(
         kernel,
         torch.cuda.get_device_name(situation.device),
+        capability_of(situation.device),
         situation.head_dim,
         situation.num_tokens,
         "causal" if situation.is_causal else "interval",
         situation.level,
         for_hopper,
     )
+
+
+def capability_of(device: torch.device) -> str:
+    """Compute capability as the table writes it: "9.0"."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 @contextmanager
@@ -139,12 +146,16 @@ def tile_from_json(fields: dict) -> Tile | Warpgroups:
 def _look_up(
     kernel: str,
     card: str,
+    capability: str,
     head_dim: int,
     num_tokens: int,
     mask: str,
     level: str,
     for_hopper: bool,
 ) -> Tile | Warpgroups:
+    cards = {entry["card"] for entry in _table() if entry["capability"] == capability}
+    # Of several, the same one every time.
+    card = card if card in cards else min(cards, default=card)
     # The nearest larger head dim: its tiles fit in shared memory here too.
     entries = [
         entry

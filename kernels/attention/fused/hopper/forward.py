@@ -238,7 +238,7 @@ def _consumer(
             # sum_j P_j (log_sum - x_j), relative to top: no difference of two large sums.
             spread_M = gl.convert_layout(gl.sum(spread_M4, 1), RO)
             sums_M = sum_M * (log_sum_M - top_M) - spread_M
-            entropy_M = gl.where(seen_M, sums_M * weight_M, 0.0)
+            entropy_M = gl.where(seen_M, gl.maximum(sums_M * weight_M, 0.0), 0.0)
             if HAS_NULL:
                 entropy_M += gl.where(null_mass_M > 0.0, null_mass_M * (log_sum_M - null_M), 0.0)
             gl.store(entropy_ptr + i_M, entropy_M * LN_2, mask=exists_M)

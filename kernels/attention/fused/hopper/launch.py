@@ -16,7 +16,7 @@ from kernels.attention.fused.hopper.forward import forward_kernel
 from kernels.attention.fused.hopper.key import key_kernel
 from kernels.attention.fused.hopper.pieces import ROWS
 from kernels.attention.fused.hopper.query import query_kernel
-from kernels.attention.fused.portable import bounds, plan
+from kernels.attention.fused.tables import bounds, plan
 from kernels.attention.fused.tensors import (
     BackwardCall,
     BackwardOutputs,
@@ -67,7 +67,8 @@ def forward(
     forward_kernel[(num_blocks, batch_size * num_heads)](
         *_parts(q_BTHD, _GROUP_ROWS), *_parts(k_BTGD, tile.rows), *_parts(v_BTGD, tile.rows),
         *_parts(outputs.out_BTHE, _GROUP_ROWS),
-        mask.start_BT, mask.stop_BT, mask.document_start_BT, bounds(mask, _GROUP_ROWS),
+        mask.start_BT, mask.stop_BT, mask.document_start_BT,
+        bounds(mask, _GROUP_ROWS, documents=measures),
         null_logit_BHT, *null_strides,
         outputs.lse_BHT, outputs.first_BHT, outputs.document_BHT, outputs.null_BHT,
         outputs.entropy_BHT, top_BHM,
