@@ -25,7 +25,7 @@ from data.documents import Documents
 class BackcopyProcess:
     """The process over the bigrams of a text.
 
-    text: documents whose tokens are < ``vocab_size``; pairs are counted within documents.
+    text: documents end to end, of tokens < ``vocab_size``; pairs are counted within documents.
     trigger_ids: distinct token ids that occur in the text, and not all that do.
     """
 
@@ -38,7 +38,7 @@ class BackcopyProcess:
         self.first_V = np.where(self.is_trigger_V, 0, self.unigram_V)
 
         within = np.ones(len(tokens), bool)
-        within[text.offsets_N1[1:] - 1] = False
+        within[text.starts_N + text.lengths_N - 1] = False
         is_pair = within[:-1]
         pair_K, count_K = np.unique(
             tokens[:-1][is_pair] * vocab_size + tokens[1:][is_pair], return_counts=True
@@ -87,7 +87,7 @@ class BackcopyProcess:
                 tokens_TN[i, copies_N] = tokens_TN[i - 2, copies_N]
         dtype = np.uint16 if self._vocab_size <= 2**16 else np.uint32
         offsets_N1 = np.arange(num_documents + 1, dtype=np.int64) * num_tokens
-        return Documents(tokens_TN.T.astype(dtype).ravel(), offsets_N1)
+        return Documents.end_to_end(tokens_TN.T.astype(dtype).ravel(), offsets_N1)
 
     def log_probabilities(self, tokens_NT: np.ndarray) -> np.ndarray:
         """float64 [N, T]: log P(x_i | x_1 .. x_{i-1}) in nats of whole documents; may be -inf.

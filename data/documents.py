@@ -8,6 +8,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+_UNIQUE_ORDER = 2410_10781
+"""Seed of the order in which ``of_unique_tokens`` takes documents; any number would do."""
+
 
 class Split(StrEnum):
     """The side of the validation split a document is on."""
@@ -26,22 +29,38 @@ class TextDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents end to end, text tokens only (no BOS, no EOS).
+    """Documents as stretches of one array of text tokens (no BOS, no EOS).
 
-    Axes: N documents. Document n is ``tokens[offsets_N1[n] : offsets_N1[n + 1]]``.
-    ``tokens`` is of any integer dtype and may be a memory map; ``offsets_N1`` is int64.
+    Axes: N documents. Document n is the ``lengths_N[n]`` tokens from ``tokens[starts_N[n]]`` on.
+    ``tokens`` is of any integer dtype and may be a memory map; the others are int64.
     """
 
     tokens: np.ndarray
-    offsets_N1: np.ndarray
+    starts_N: np.ndarray
+    lengths_N: np.ndarray
+
+    @classmethod
+    def end_to_end(cls, tokens: np.ndarray, offsets_N1: np.ndarray) -> Documents:
+        """Document n is ``tokens[offsets_N1[n] : offsets_N1[n + 1]]``."""
+        offsets_N1 = np.asarray(offsets_N1, np.int64)
+        return cls(tokens, offsets_N1[:-1], np.diff(offsets_N1))
 
     def __len__(self) -> int:
-        return len(self.offsets_N1) - 1
+        return len(self.starts_N)
 
-    @property
-    def lengths_N(self) -> np.ndarray:
-        """int64: text tokens of each document."""
-        return np.diff(self.offsets_N1)
+    def of_unique_tokens(self, num_tokens: int) -> Documents:
+        """Documents of exactly ``num_tokens`` text tokens, the last one cropped to fit.
+
+        They come in an order of chance that depends on the number of documents alone, so that fewer
+        tokens are a part of more. No token is copied.
+        """
+        order_N = np.random.default_rng(_UNIQUE_ORDER).permutation(len(self))
+        ends_N = self.lengths_N[order_N].cumsum()
+        count = int(np.searchsorted(ends_N, num_tokens)) + 1
+        taken = order_N[:count]
+        lengths_N = self.lengths_N[taken]
+        lengths_N[-1] -= ends_N[count - 1] - num_tokens
+        return Documents(self.tokens, self.starts_N[taken], lengths_N)
 
 
 class DocumentSource(Protocol):

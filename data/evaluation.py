@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.documents import Documents
+from data.interventions import HELD_OUT, Interventions
 from data.packing import BosKind, MaskKind, Packer, PackingConfig, PositionKind, plan_in_order
 from data.plan import Plan
 from data.rows import SpecialIds, finish_rows, gather_rows
@@ -83,10 +84,11 @@ def own_batches(
     config: PackingConfig,
     specials: SpecialIds,
     *,
+    interventions: Interventions,
     num_rows: int,
     batch_rows: int,
 ) -> list[PackedBatch]:
-    """The first rows of the documents in their order, packed as the arm packs.
+    """The first rows of the documents in their order, packed and written into as the arm does.
 
     ``num_labels`` of each batch counts the labels of all of them.
     """
@@ -95,10 +97,14 @@ def own_batches(
     num_labels = int(
         plan.labels_R(causal=config.mask is MaskKind.causal, pinned=config.pinned).sum()
     )
-    return [
-        finish_rows(gather_rows(documents, part, config, specials), config, num_labels=num_labels)
-        for part in _batches(plan, batch_rows)
-    ]
+    batches = []
+    num_before = 0
+    for part in _batches(plan, batch_rows):
+        rows = gather_rows(documents, part, config, specials)
+        interventions.write(rows, HELD_OUT, num_before + np.arange(part.num_rows))
+        num_before += part.num_rows
+        batches.append(finish_rows(rows, config, num_labels=num_labels))
+    return batches
 
 
 def canonical_batches(

@@ -24,6 +24,7 @@ from data.evaluation import (
     probe_batch,
 )
 from data.files import json_sha256
+from data.interventions import Interventions
 from data.packing import PackingConfig, check_special_tokens
 from data.report import PackingReport, packing_report
 from data.rows import SpecialIds
@@ -101,7 +102,10 @@ class TokenDataModule(LightningDataModule):
             return
         corpus = open_corpus(self._corpus_config, self._tokenizer_config, self._cache_dir)
         self._specials = SpecialIds.of(corpus.tokenizer)
-        self._stream = TrainingStream(corpus.train, self.packing, self._specials, self._data_seed)
+        self._interventions = Interventions.of(self.packing, corpus.tokenizer, self._data_seed)
+        self._stream = TrainingStream(
+            corpus.train, self.packing, self._specials, self._data_seed, self._interventions
+        )
         self._corpus = corpus
 
     @property
@@ -194,6 +198,7 @@ class TokenDataModule(LightningDataModule):
             self.validation,
             self.packing,
             self._specials,
+            interventions=self._interventions,
             num_rows=self._own_rows,
             batch_rows=self._evaluation_batch_rows,
         )
@@ -244,7 +249,7 @@ class TokenDataModule(LightningDataModule):
         documents, pieces = self.validation, self._canonical_pieces
         tokens_NT = documents.tokens.reshape(len(documents), -1)
         log_probability = process.log_probabilities(tokens_NT).ravel()
-        first_label_P = documents.offsets_N1[pieces.document_P] + pieces.offset_P + 1
+        first_label_P = documents.starts_N[pieces.document_P] + pieces.offset_P + 1
         return float(-log_probability[ranges(first_label_P, pieces.length_P - 1)].mean())
 
     @property

@@ -12,7 +12,7 @@ Its result is a ``Plan``: flat arrays of segments, made without reading tokens (
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
@@ -89,6 +89,15 @@ class PackingConfig:
     micro_batch_rows: int | None = None
     """Rows of one forward pass on one rank; null = the rank's whole share of the batch."""
 
+    fixed_position: int | None = None
+    """Position of every row, from 0, where ``fixed_token`` is written over what is there."""
+
+    fixed_token: str | None = None
+    """The token written there, given as text or as the token itself."""
+
+    random_positions: list[int] = field(default_factory=list)
+    """Positions whose tokens are drawn at random from the vocabulary, anew for each row."""
+
     def __post_init__(self):
         require(self.context >= 2, "packing.context", "must be >= 2", self.context)
         require(
@@ -102,6 +111,37 @@ class PackingConfig:
             "packing.micro_batch_rows",
             "must be >= 1 or null",
             self.micro_batch_rows,
+        )
+        require(
+            (self.fixed_position is None) == (self.fixed_token is None),
+            "packing.fixed_token",
+            "must be set together with packing.fixed_position",
+            self.fixed_token,
+        )
+        require(
+            len(set(self.random_positions)) == len(self.random_positions),
+            "packing.random_positions",
+            "must be distinct",
+            self.random_positions,
+        )
+        if self.fixed_position is not None:
+            self._check_position("fixed_position", self.fixed_position)
+        for position in self.random_positions:
+            self._check_position("random_positions", position)
+            require(
+                position != self.fixed_position,
+                "packing.random_positions",
+                "must leave packing.fixed_position out",
+                self.random_positions,
+            )
+
+    def _check_position(self, name: str, position: int) -> None:
+        after = " and after the pinned BOS" if self.pinned else ""
+        require(
+            self.pinned <= position < self.context,
+            f"packing.{name}",
+            f"must be in the row of {self.context}{after}",
+            position,
         )
 
     @property

@@ -81,8 +81,7 @@ def gather_rows(
     begins_BW.ravel()[cell_M] = np.repeat(offset_S == 0, length_S)
 
     tokens_BW = np.full((num_rows, context + 1), specials.pad, np.int64)
-    text_start_S = documents.offsets_N1[document_S]
-    text_end_S = documents.offsets_N1[document_S + 1]
+    text_start_S = documents.starts_N[document_S]
     has_bos = int(config.bos is BosKind.document)
     # A BOS is token 0 of its document, so the text begins one later; where BOS and EOS stand, a
     # neighbouring text token is read and overwritten.
@@ -92,7 +91,7 @@ def gather_rows(
         tokens_BW.ravel()[start_S[offset_S == 0]] = specials.bos
     if config.eos:
         specials_per_document = config.specials_per_document
-        end_S = text_end_S - text_start_S + specials_per_document
+        end_S = documents.lengths_N[document_S] + specials_per_document
         ends_S = offset_S + length_S == end_S
         tokens_BW.ravel()[(start_S + length_S - 1)[ends_S]] = specials.eos
     if config.pinned:

@@ -147,7 +147,7 @@ def _read_manifest(path: Path) -> dict:
 def _documents(path: Path, split: Split, dtype: np.dtype) -> Documents:
     offsets_N1 = np.load(path / f"{split.value}.offsets.npy", allow_pickle=False)
     tokens = np.memmap(path / f"{split.value}.bin", dtype=dtype, mode="r")
-    return Documents(np.asarray(tokens), offsets_N1)
+    return Documents.end_to_end(np.asarray(tokens), offsets_N1)
 
 
 def _damaged(path: Path, name: str, reason: str) -> UserError:

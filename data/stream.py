@@ -21,6 +21,7 @@ from torch.cuda import is_available as cuda_is_available
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.documents import Documents, DocumentSource
+from data.interventions import Interventions
 from data.packing import MaskKind, PackingConfig, plan_epoch
 from data.parcel import Parcel
 from data.plan import Plan
@@ -56,8 +57,10 @@ class TrainingStream:
         config: PackingConfig,
         specials: SpecialIds,
         data_seed: int,
+        interventions: Interventions | None = None,
     ):
         self.config = config
+        self._interventions = interventions or Interventions()
         self._source = source
         self._specials = specials
         self._data_seed = data_seed
@@ -103,8 +106,11 @@ class TrainingStream:
 
     def _gather(self, epoch: int, request: RowRequest) -> RowArrays:
         rows = self.epoch(int(epoch))
-        plan = rows.plan.take(request.row_B[request.epoch_B == epoch])
-        return gather_rows(rows.documents, plan, self.config, self._specials)
+        row_B = request.row_B[request.epoch_B == epoch]
+        plan = rows.plan.take(row_B)
+        arrays = gather_rows(rows.documents, plan, self.config, self._specials)
+        self._interventions.write(arrays, int(epoch), row_B)
+        return arrays
 
 
 class TrainingRows(Dataset):

@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from data.backcopy import BackcopyProcess
 from data.documents import DocumentSource, FixedDocuments, Split, TextDocument
+from data.files import json_sha256
 from data.store import StoreDtype, TokenStore, open_store
 from data.tokenizers import BpeConfig, TextTokenizer, TokenizerConfig, build_tokenizer
 from kernels.errors import UserError, require
@@ -37,7 +38,17 @@ class TextCorpusConfig:
     store_dtype: StoreDtype = StoreDtype.auto
     """Integer type of a stored token; auto takes the smallest that holds the vocabulary."""
 
+    unique_tokens: int | None = None
+    """Train on documents of exactly this many text tokens, over and over; null = on all. Neither
+    the validation text nor the tokenizer depends on it."""
+
     def __post_init__(self):
+        require(
+            self.unique_tokens is None or self.unique_tokens >= 1,
+            "corpus.unique_tokens",
+            "must be >= 1 or null",
+            self.unique_tokens,
+        )
         require(
             0 < self.validation_fraction < 1,
             "corpus.validation_fraction",
@@ -131,12 +142,24 @@ class TextCorpus(ABC):
             dtype=self.config.store_dtype,
             min_document_tokens=self.config.min_document_tokens,
         )
+        train, sha256 = store.train, store.sha256
+        unique_tokens = self.config.unique_tokens
+        if unique_tokens is not None:
+            num_tokens = len(train.tokens)
+            require(
+                unique_tokens <= num_tokens,
+                "corpus.unique_tokens",
+                f"must be at most the corpus's {num_tokens} training tokens",
+                unique_tokens,
+            )
+            train = train.of_unique_tokens(unique_tokens)
+            sha256 = json_sha256({"store": sha256, "unique_tokens": unique_tokens})
         return OpenCorpus(
-            train=FixedDocuments(store.train),
+            train=FixedDocuments(train),
             validation=FixedDocuments(store.validation),
             tokenizer=tokenizer,
             store=store,
-            sha256=store.sha256,
+            sha256=sha256,
         )
 
     def _split_entries(self) -> Iterator[tuple[Split, str, str]]:

@@ -18,7 +18,7 @@ TRIGGER = 4
 
 
 def documents_of(*texts: list[int]) -> Documents:
-    return Documents(np.concatenate(texts), np.cumsum([0, *map(len, texts)]))
+    return Documents.end_to_end(np.concatenate(texts), np.cumsum([0, *map(len, texts)]))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def process(text) -> BackcopyProcess:
 def brute_force_table(text: Documents) -> np.ndarray:
     """P by counting, pair by pair; a row that leads only to the trigger is the unigram."""
     table = np.zeros((7, 7))
-    for start, end in zip(text.offsets_N1, text.offsets_N1[1:], strict=False):
+    for start, end in zip(text.starts_N, text.starts_N + text.lengths_N, strict=True):
         for a, b in zip(text.tokens[start:end], text.tokens[start + 1 : end], strict=False):
             table[a, b] += 1
     table[5] = np.bincount(text.tokens, minlength=7)

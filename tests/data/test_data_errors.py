@@ -64,19 +64,19 @@ def wide_vocabulary(folder: Path) -> None:
 
 
 def short_held_out(folder: Path) -> None:
-    documents = Documents(np.arange(10), np.array([0, 10]))
+    documents = Documents.end_to_end(np.arange(10), np.array([0, 10]))
     specials = SpecialIds(None, None)
     probe_batch(documents, ProbeKind.text, PackingConfig(), specials, num_tokens=64, num_rows=1)
 
 
 def probe_without_bos(folder: Path) -> None:
-    documents = Documents(np.arange(90), np.array([0, 90]))
+    documents = Documents.end_to_end(np.arange(90), np.array([0, 90]))
     specials = SpecialIds(None, None)
     probe_batch(documents, ProbeKind.bos_text, PackingConfig(), specials, num_tokens=64, num_rows=1)
 
 
 def tiny_probe(folder: Path) -> None:
-    documents = Documents(np.arange(90), np.array([0, 90]))
+    documents = Documents.end_to_end(np.arange(90), np.array([0, 90]))
     probe_batch(
         documents, ProbeKind.text, PackingConfig(), SpecialIds(None, None), num_tokens=2, num_rows=1
     )
@@ -97,6 +97,31 @@ MISTAKES = {
     ),
     "packing.batch_tokens must be a multiple of context 256 x micro-batch rows 3 x 2 ranks = 1536, "
     "got 4096": lambda _: PackingConfig(micro_batch_rows=3).micro_batches(2),
+    "packing.fixed_token must be set together with packing.fixed_position, got None": lambda _: (
+        PackingConfig(fixed_position=0)
+    ),
+    "packing.fixed_position must be in the row of 256, got 256": lambda _: PackingConfig(
+        fixed_position=256, fixed_token="a"
+    ),
+    "packing.fixed_position must be in the row of 256 and after the pinned BOS, got 0": lambda _: (
+        PackingConfig(fixed_position=0, fixed_token="a", bos=BosKind.pinned)
+    ),
+    "packing.random_positions must be in the row of 256, got -1": lambda _: PackingConfig(
+        random_positions=[-1]
+    ),
+    "packing.random_positions must be distinct, got [1, 1]": lambda _: PackingConfig(
+        random_positions=[1, 1]
+    ),
+    "packing.random_positions must leave packing.fixed_position out, got [2]": lambda _: (
+        PackingConfig(random_positions=[2], fixed_position=2, fixed_token="a")
+    ),
+    "packing.fixed_token must be one token of the tokenizer, got 'two words'": lambda folder: (
+        packed(folder, CharactersConfig(), fixed_position=2, fixed_token="two words")
+    ),
+    "corpus.unique_tokens must be >= 1 or null, got 0": lambda _: AustenConfig(unique_tokens=0),
+    "corpus.unique_tokens must be at most the corpus's ": lambda folder: files(
+        folder, MANY, unique_tokens=10**9
+    ),
     "corpus.validation_fraction must be above 0 and below 1, got 0.0": lambda _: AustenConfig(
         validation_fraction=0.0
     ),

@@ -217,7 +217,9 @@ def test_canonical_rows_take_the_documents_in_turn(make_module):
     documents = module.validation
     expected = []
     for offset in range(0, int(documents.lengths_N.max()), 19):
-        for start, end in zip(documents.offsets_N1, documents.offsets_N1[1:], strict=False):
+        for start, end in zip(
+            documents.starts_N, documents.starts_N + documents.lengths_N, strict=True
+        ):
             piece = documents.tokens[start + offset : end][:19] if start + offset < end else []
             if len(piece) >= 16:
                 expected.append([int(token) for token in piece])
@@ -252,7 +254,7 @@ def test_own_rows_are_the_held_out_documents_packed_as_in_training(make_module):
     module.setup()
     batches = module.own_batches()
     assert [len(batch.tokens_BT) for batch in batches] == [16, 4]
-    first = [int(module.validation.tokens[start]) for start in module.validation.offsets_N1[:20]]
+    first = [int(module.validation.tokens[start]) for start in module.validation.starts_N[:20]]
     assert torch.cat([batch.tokens_BT[:, 1] for batch in batches]).tolist() == first
     assert batches[0].mask.pinned == 1
     labels = sum(map(len, labelled_text(batches)))

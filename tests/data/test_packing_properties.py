@@ -31,7 +31,7 @@ SPECIALS = SpecialIds(bos=1, eos=2, pad=0)
 
 def numbered(lengths: list[int]) -> Documents:
     """Documents of these text lengths with unique tokens."""
-    return Documents(100 + np.arange(sum(lengths)), np.cumsum([0, *lengths]).astype(np.int64))
+    return Documents.end_to_end(100 + np.arange(sum(lengths)), np.cumsum([0, *lengths]))
 
 
 @st.composite
@@ -53,7 +53,7 @@ def with_specials(documents: Documents, config: PackingConfig) -> list[list[int]
     """Each document's tokens as they are to be packed."""
     bos = [1] * (config.bos is BosKind.document)
     eos = [2] * config.eos
-    pieces = np.split(documents.tokens, documents.offsets_N1[1:-1])
+    pieces = np.split(documents.tokens, documents.starts_N[1:])
     return [[*bos, *piece.tolist(), *eos] for piece in pieces]
 
 

@@ -228,7 +228,7 @@ def written(table: str) -> list[list[int]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.packer}-{case.bos}_bos")
 def test_rows_are_as_written(case: ByHand, mask: MaskKind):
     text = [list(document) for document in TEXT[case.packer]]
-    documents = Documents(
+    documents = Documents.end_to_end(
         np.concatenate(text).astype(np.uint16), np.cumsum([0, *map(len, text)]).astype(np.int64)
     )
     config = PackingConfig(

@@ -29,7 +29,7 @@ def test_store_holds_the_documents_and_their_figures(files_config, tmp_path):
     for split, documents in ((Split.train, store.train), (Split.validation, store.validation)):
         texts = [document.text for document in corpus.documents() if document.split is split]
         ids = tokenizer.encode_batch(texts)
-        pieces = np.split(documents.tokens, documents.offsets_N1[1:-1])
+        pieces = np.split(documents.tokens, documents.starts_N[1:])
         assert [piece.tolist() for piece in pieces] == ids
         figures = store.manifest["splits"][split.value]
         lengths = [len(piece) for piece in ids]
