@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -70,11 +70,18 @@ class TokenStore:
             quantiles = ", ".join(f"{q} % {n:g}" for q, n in part["length_quantiles"])
             lines += [
                 f"{split.value}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
-                f"{part['text_bytes']:,} bytes of text, {part['dropped']:,} documents dropped",
+                f"{part['text_bytes']:,} bytes of text, {part['dropped']:,} documents dropped"
+                + self._near_duplicates(part),
                 f"  tokens a document: mean {part['length_mean']:.1f}, quantiles {quantiles}; "
                 f"{part['share_of_64_tokens']:.1%} have at least 64",
             ]
         return lines
+
+    def _near_duplicates(self, part: dict) -> str:
+        if not part["near_duplicates"]:
+            return ""
+        run = self.manifest["near_duplicate_tokens"]
+        return f", {part['near_duplicates']:,} that share {run} tokens with training text left out"
 
 
 def open_store(
@@ -85,10 +92,16 @@ def open_store(
     key: dict,
     dtype: StoreDtype,
     min_document_tokens: int,
+    near_duplicate_tokens: int = 0,
+    total_bytes: Callable[[], int | None] = lambda: None,
+    processes: int | None = None,
 ) -> TokenStore:
     """The store of ``documents``, built if the cache has none; other processes wait for it.
 
-    ``key`` is what the documents depend on, as JSON; they are iterated only to build.
+    ``key`` is what the documents depend on, as JSON; only to build are they iterated, and the size
+    of their text asked for. An interrupted build goes on where it stopped. processes: None is one a
+    core.
+
     Raises ``UserError`` if the store is damaged, of another version, or can't be built.
     """
     resolved = dtype.resolve(tokenizer.vocab_size)
@@ -96,6 +109,7 @@ def open_store(
         "format_version": FORMAT_VERSION,
         "corpus": key,
         "min_document_tokens": min_document_tokens,
+        "near_duplicate_tokens": near_duplicate_tokens,
         "tokenizer_sha256": tokenizer.sha256,
         "dtype": resolved.name,
     }
@@ -103,7 +117,15 @@ def open_store(
     with exclusive_lock(path.with_suffix(".lock")):
         if not path.exists():
             log.info("Tokenising the corpus: %s", path)
-            build_store(path, documents, tokenizer, key=key, dtype=resolved)
+            build_store(
+                path,
+                documents,
+                tokenizer,
+                key=key,
+                dtype=resolved,
+                total_bytes=total_bytes(),
+                processes=processes,
+            )
     return read_store(path)
 
 

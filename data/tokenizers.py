@@ -20,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.files import exclusive_lock, json_sha256, write_atomically
+from data.progress import watched
 from data.token_bytes import bytes_per_token
 from kernels.errors import UserError, require
 
@@ -37,6 +38,8 @@ class TrainingText(Protocol):
     training_texts_key: dict
 
     def training_texts(self) -> Iterator[str]: ...
+
+    def num_bytes(self) -> int | None: ...
 
 
 @dataclass(kw_only=True)
@@ -193,7 +196,10 @@ class BpeTokenizer(TextTokenizer):
                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                 show_progress=False,
             )
-            core.train_from_iterator(corpus.training_texts(), trainer)
+            texts = watched(
+                corpus.training_texts(), "reading for the tokenizer", corpus.num_bytes()
+            )
+            core.train_from_iterator(texts, trainer)
             return core
 
         key = {

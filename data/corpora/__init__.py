@@ -31,8 +31,14 @@ CorpusConfig = TextCorpusConfig | BigramBackcopyConfig
 
 
 def open_corpus(
-    config: CorpusConfig, tokenizer_config: TokenizerConfig, cache_dir: Path
+    config: CorpusConfig,
+    tokenizer_config: TokenizerConfig,
+    cache_dir: Path,
+    processes: int | None = None,
 ) -> OpenCorpus:
-    """The corpus of ``config``, tokenised; raises ``UserError`` if it can't be used."""
+    """The corpus of ``config``, tokenised if it isn't yet. processes: None is one a core.
+
+    Raises ``UserError`` if it can't be used.
+    """
     kind = next(kind for kind in CORPORA.values() if kind.Config is type(config))
-    return kind(config, cache_dir).open(tokenizer_config)
+    return kind(config, cache_dir).open(tokenizer_config, processes)

@@ -1,7 +1,6 @@
 """The shipped corpus: Jane Austen's six novels, 4 MB of public-domain English."""
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -9,10 +8,10 @@ from pathlib import Path
 
 from data.corpora.base import TextCorpus, TextCorpusConfig
 from data.corpora.reading import read_file
+from data.cutting import Cut, Entry
 from data.files import file_sha256
 
 _PATH = Path(__file__).parent.parent / "austen" / "chapters.jsonl.xz"
-_BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 class AustenUnit(StrEnum):
@@ -44,12 +43,9 @@ class AustenCorpus(TextCorpus):
     def cutting(self) -> dict:
         return {"unit": self.config.unit.value}
 
-    def entries(self) -> Iterator[str]:
-        return read_file(
+    def entries(self) -> Iterator[Entry]:
+        cut = Cut.whole if self.config.unit is AustenUnit.chapters else Cut.blank_line
+        texts = read_file(
             _PATH, "text", self.cache_dir, rule="corpus=austen must find its file intact"
         )
-
-    def cut(self, text: str) -> Iterable[str]:
-        if self.config.unit is AustenUnit.chapters:
-            return (text,)
-        return filter(None, map(str.strip, _BLANK_LINES.split(text)))
+        return (Entry(text, cut) for text in texts)

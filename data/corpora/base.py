@@ -9,13 +9,14 @@ either.
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from data.backcopy import BackcopyProcess
+from data.cutting import Entry, documents_of
 from data.documents import DocumentSource, FixedDocuments, Split, TextDocument
 from data.files import json_sha256
 from data.store import StoreDtype, TokenStore, open_store
@@ -34,6 +35,10 @@ class TextCorpusConfig:
 
     min_document_tokens: int = 1
     """Documents of fewer text tokens are dropped and counted; 1 drops only empty ones."""
+
+    near_duplicate_tokens: int = 64
+    """Held-out documents that share this many tokens in a row with training text are left out; 0
+    keeps them."""
 
     store_dtype: StoreDtype = StoreDtype.auto
     """Integer type of a stored token; auto takes the smallest that holds the vocabulary."""
@@ -54,6 +59,12 @@ class TextCorpusConfig:
             "corpus.validation_fraction",
             "must be above 0 and below 1",
             self.validation_fraction,
+        )
+        require(
+            self.near_duplicate_tokens >= 0,
+            "corpus.near_duplicate_tokens",
+            "must be >= 0",
+            self.near_duplicate_tokens,
         )
         require(
             self.min_document_tokens >= 1,
@@ -88,8 +99,8 @@ class TextCorpus(ABC):
         self.cache_dir = cache_dir
 
     @abstractmethod
-    def entries(self) -> Iterator[str]:
-        """The texts of the source, whole, in their order.
+    def entries(self) -> Iterator[Entry]:
+        """The entries of the source, whole, in their order.
 
         Raises ``UserError`` if the source can't be read.
         """
@@ -101,32 +112,33 @@ class TextCorpus(ABC):
 
     @property
     def cutting(self) -> dict:
-        """What ``cut`` depends on, as JSON."""
+        """What the entries' cuts depend on, as JSON."""
         return {}
 
-    def cut(self, text: str) -> Iterable[str]:
-        """The documents of one entry."""
-        return (text,)
+    def num_bytes(self) -> int | None:
+        """How much text there is, about, to tell the time left; None if nobody knows."""
+        return None
 
     def documents(self) -> Iterator[TextDocument]:
         """Every document of both sides of the split."""
-        for split, key, text in self._split_entries():
-            for document in self.cut(text):
+        for split, key, entry in self._split_entries():
+            for document in documents_of(entry):
                 yield TextDocument(split, key, document)
 
     def training_texts(self) -> Iterator[str]:
         """The training entries, whole: what a tokenizer is trained on."""
-        for split, _, text in self._split_entries():
+        for split, _, entry in self._split_entries():
             if split is Split.train:
-                yield text
+                yield entry.text
 
     @property
     def training_texts_key(self) -> dict:
         """What ``training_texts`` depends on, as JSON."""
         return {"source": self.source, "validation_fraction": self.config.validation_fraction}
 
-    def open(self, tokenizer_config: TokenizerConfig) -> OpenCorpus:
-        """Tokenizer and token store, built if the cache has none.
+    def open(self, tokenizer_config: TokenizerConfig, processes: int | None = None) -> OpenCorpus:
+        """Tokenizer and token store, built if the cache has none, by ``processes`` (None: one a
+        core).
 
         Raises ``UserError`` for a source, tokenizer or store that can't be used.
         """
@@ -134,14 +146,7 @@ class TextCorpus(ABC):
             # Known before it is trained, which may yield fewer tokens.
             self.config.store_dtype.resolve(tokenizer_config.vocab_size)
         tokenizer = build_tokenizer(tokenizer_config, self, self.cache_dir)
-        store = open_store(
-            self.documents(),
-            tokenizer,
-            cache_dir=self.cache_dir,
-            key={"texts": self.training_texts_key, "cutting": self.cutting},
-            dtype=self.config.store_dtype,
-            min_document_tokens=self.config.min_document_tokens,
-        )
+        store = self.tokenise(tokenizer, self.cache_dir, processes)
         train, sha256 = store.train, store.sha256
         unique_tokens = self.config.unique_tokens
         if unique_tokens is not None:
@@ -162,14 +167,30 @@ class TextCorpus(ABC):
             sha256=sha256,
         )
 
-    def _split_entries(self) -> Iterator[tuple[Split, str, str]]:
+    def tokenise(
+        self, tokenizer: TextTokenizer, cache_dir: Path, processes: int | None = None
+    ) -> TokenStore:
+        """The token store in ``cache_dir``, built if it has none."""
+        return open_store(
+            self.documents(),
+            tokenizer,
+            cache_dir=cache_dir,
+            key={"texts": self.training_texts_key, "cutting": self.cutting},
+            dtype=self.config.store_dtype,
+            min_document_tokens=self.config.min_document_tokens,
+            near_duplicate_tokens=self.config.near_duplicate_tokens,
+            total_bytes=self.num_bytes,
+            processes=processes,
+        )
+
+    def _split_entries(self) -> Iterator[tuple[Split, str, Entry]]:
         count = {Split.train: 0, Split.validation: 0}
-        for text in self.entries():
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        for entry in self.entries():
+            digest = hashlib.blake2b(entry.text.encode(), digest_size=8).digest()
             held_out = int.from_bytes(digest) < self.config.validation_fraction * 2**64
             split = Split.validation if held_out else Split.train
             count[split] += 1
-            yield split, digest.hex(), text
+            yield split, digest.hex(), entry
         entries = sum(count.values())
         require(entries >= 2, "corpus", "must hold at least two source entries", entries)
         if not all(count.values()):

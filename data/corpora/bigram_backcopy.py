@@ -72,9 +72,9 @@ class BigramBackcopyCorpus:
         self.config = config
         self.cache_dir = cache_dir
 
-    def open(self, tokenizer_config: TokenizerConfig) -> OpenCorpus:
+    def open(self, tokenizer_config: TokenizerConfig, processes: int | None = None) -> OpenCorpus:
         """Tokenizer and process; raises ``UserError`` for triggers that can't be used."""
-        text = AustenCorpus(AustenConfig(), self.cache_dir).open(tokenizer_config)
+        text = AustenCorpus(AustenConfig(), self.cache_dir).open(tokenizer_config, processes)
         trigger_ids = self._trigger_ids(text.tokenizer, text.store)
         process = BackcopyProcess(text.store.train, text.tokenizer.vocab_size, trigger_ids)
         config = self.config

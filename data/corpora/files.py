@@ -1,4 +1,4 @@
-"""The user's own files: jsonl, parquet or plain text, by glob."""
+"""The user's own files: jsonl, parquet or plain text, by glob, and installed packages' sources."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 from data.corpora.base import TextCorpus, TextCorpusConfig
-from data.corpora.reading import expand_globs, read_file
+from data.corpora.packages import PackageSources
+from data.corpora.reading import expand_globs, read_file, text_bytes
+from data.cutting import Cut, Entry
 from data.files import file_sha256
 from kernels.errors import require
 
@@ -22,13 +24,26 @@ class FilesConfig(TextCorpusConfig):
     text_field: str = "text"
     """The field of a row that holds the text; plain text files have none."""
 
+    cut: Cut = Cut.whole
+    """How the files' entries become documents: whole, at blank_line or at two_blank_lines."""
+
+    packages: dict[str, str | None] = field(default_factory=dict)
+    """Installed Python packages whose sources are read too, after the files: name and version, null
+    = whatever is installed. An entry a file, cut at two blank lines."""
+
     def __post_init__(self):
         super().__post_init__()
-        require(len(self.paths) > 0, "corpus.paths", "must name at least one file", self.paths)
+        require(
+            len(self.paths) + len(self.packages) > 0,
+            "corpus.paths",
+            "must name at least one file (or corpus.packages a package)",
+            self.paths,
+        )
 
 
 class FilesCorpus(TextCorpus):
-    """Files in the order of their paths; only their contents enter the cache's key."""
+    """Files in the order of their paths, then packages; of a file, only its contents enter the
+    cache's key."""
 
     Config = FilesConfig
     config: FilesConfig
@@ -39,18 +54,37 @@ class FilesCorpus(TextCorpus):
         return expand_globs(self.config.paths, "corpus.paths")
 
     @cached_property
+    def packages(self) -> list[PackageSources]:
+        """The packages that ``packages`` names."""
+        return [PackageSources(*item) for item in sorted(self.config.packages.items())]
+
+    @cached_property
     def source(self) -> dict:
         return {
             "kind": "files",
             "files": [[path.name, file_sha256(path)] for path in self.files],
             "text_field": self.config.text_field,
+            "packages": [package.source for package in self.packages],
         }
 
-    def entries(self) -> Iterator[str]:
+    @property
+    def cutting(self) -> dict:
+        return {"cut": self.config.cut.value}
+
+    def entries(self) -> Iterator[Entry]:
         for path in self.files:
-            yield from read_file(
+            texts = read_file(
                 path,
                 self.config.text_field,
                 self.cache_dir,
                 rule="corpus.paths must match readable files",
             )
+            for text in texts:
+                yield Entry(text, self.config.cut)
+        for package in self.packages:
+            yield from package.entries()
+
+    def num_bytes(self) -> int | None:
+        of_files = text_bytes(self.files) if self.files else 0
+        of_packages = sum(package.num_bytes for package in self.packages)
+        return None if of_files is None else of_files + of_packages

@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from data.corpora.base import TextCorpus, TextCorpusConfig
-from data.corpora.reading import read_dataset
+from data.corpora.reading import read_dataset, text_bytes
+from data.cutting import Entry
 from data.files import file_sha256
 from kernels.errors import require
 
@@ -68,12 +69,13 @@ class HubCorpus(TextCorpus):
         }
         folder = Path(config.name)
         if folder.is_dir():
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
             source["name"] = folder.name
-            source["files"] = [[str(p.relative_to(folder)), file_sha256(p)] for p in files]
+            source["files"] = [
+                [str(path.relative_to(folder)), file_sha256(path)] for path in self._local_files
+            ]
         return source
 
-    def entries(self) -> Iterator[str]:
+    def entries(self) -> Iterator[Entry]:
         config = self.config
         texts = read_dataset(
             config.name,
@@ -84,4 +86,16 @@ class HubCorpus(TextCorpus):
             text_field=config.text_field,
             cache_dir=self.cache_dir,
         )
-        return islice(texts, config.max_documents)
+        return map(Entry, islice(texts, config.max_documents))
+
+    def num_bytes(self) -> int | None:
+        if self.config.max_documents is not None:
+            return None
+        return text_bytes(self._local_files)
+
+    @cached_property
+    def _local_files(self) -> list[Path]:
+        folder = Path(self.config.name)
+        if not folder.is_dir():
+            return []
+        return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data.corpora import AustenConfig, FilesConfig, HubConfig
+from data.corpora import AustenConfig, FilesConfig, HubConfig, open_corpus
 from data.corpora.austen import AustenCorpus, AustenUnit
 from data.corpora.files import FilesCorpus
 from data.corpora.hub import HubCorpus
+from data.corpora.reading import text_bytes
+from data.cutting import Cut, Entry, documents_of
 from data.documents import Split
+from data.tokenizers import BpeConfig
 
 
 @pytest.fixture
@@ -27,6 +30,10 @@ def no_network(monkeypatch):
 
 def jsonl(texts, field="text") -> bytes:
     return "".join(json.dumps({field: text, "x": 1}) + "\n" for text in texts).encode()
+
+
+def texts_of(corpus) -> list[str]:
+    return [entry.text for entry in corpus.entries()]
 
 
 def write_parquet(path, texts):
@@ -43,7 +50,7 @@ def test_files_of_every_format_are_read_in_order(tmp_path, no_network, capfd):
     (tmp_path / "a_empty.jsonl").write_bytes(b"")
     (tmp_path / "ignored.csv").write_text("no")
     config = FilesConfig(paths=[str(tmp_path / "[a-f][._]*"), str(tmp_path / "a*")])
-    assert list(FilesCorpus(config, tmp_path / "cache").entries()) == [
+    assert texts_of(FilesCorpus(config, tmp_path / "cache")) == [
         "a one",
         "",
         "a three",
@@ -61,7 +68,7 @@ def test_files_of_every_format_are_read_in_order(tmp_path, no_network, capfd):
 def test_a_text_field_by_another_name(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "two"], field="content"))
     config = FilesConfig(paths=[str(tmp_path / "a.jsonl")], text_field="content")
-    assert list(FilesCorpus(config, tmp_path).entries()) == ["one", "two"]
+    assert texts_of(FilesCorpus(config, tmp_path)) == ["one", "two"]
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -74,11 +81,8 @@ def test_a_folder_laid_out_like_a_hub_data_set(tmp_path, no_network, capfd, stre
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", ["held out elsewhere"])
     config = HubConfig(name=str(folder), streaming=streaming)
     corpus = HubCorpus(config, tmp_path / "cache")
-    assert list(corpus.entries()) == texts
-    assert (
-        list(HubCorpus(HubConfig(name=str(folder), max_documents=3), tmp_path).entries())
-        == texts[:3]
-    )
+    assert texts_of(corpus) == texts
+    assert texts_of(HubCorpus(HubConfig(name=str(folder), max_documents=3), tmp_path)) == texts[:3]
     before = corpus.source
     write_parquet(folder / "data" / "train-00001-of-00002.parquet", ["changed"])
     assert HubCorpus(config, tmp_path / "cache").source != before
@@ -100,7 +104,7 @@ def test_austen_split_is_by_chapter_whatever_the_unit(tmp_path):
     training = {d.entry for d in pieces if d.split is Split.train}
     assert training.isdisjoint(held_out(paragraphs))
     words = " ".join(d.text for d in pieces).split()
-    assert words == " ".join(chapters.entries()).split()
+    assert words == " ".join(texts_of(chapters)).split()
 
 
 def test_split_follows_the_text_not_its_place(tmp_path):
@@ -132,4 +136,109 @@ def test_reading_is_lazy(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"not json")
     config = FilesConfig(paths=[str(tmp_path / "*.jsonl")])
     texts = FilesCorpus(config, tmp_path).entries()
-    assert next(texts).startswith("text 0 ")
+    assert next(texts).text.startswith("text 0 ")
+
+
+CODE = """import os
+
+
+def first():
+    a = 1
+
+    return a
+\t
+
+    # Kept where it is.
+class Second:
+    pass
+
+
+
+"""
+
+
+def test_entries_are_cut_by_their_rule():
+    assert list(documents_of(Entry(CODE))) == [CODE]
+    assert list(documents_of(Entry(CODE, Cut.two_blank_lines))) == [
+        "import os",
+        "def first():\n    a = 1\n\n    return a",
+        "    # Kept where it is.\nclass Second:\n    pass",
+    ]
+    assert list(documents_of(Entry(CODE, Cut.blank_line))) == [
+        "import os",
+        "def first():\n    a = 1",
+        "return a",
+        "# Kept where it is.\nclass Second:\n    pass",
+    ]
+    for cut in (Cut.blank_line, Cut.two_blank_lines):
+        assert list(documents_of(Entry(" \n\n\n \n", cut))) == []
+
+
+def test_files_are_cut_where_asked(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\nthree")
+    cuts = {"whole": 1, "two_blank_lines": 2, "blank_line": 3}
+    for cut, count in cuts.items():
+        config = FilesConfig(paths=[str(tmp_path / "a.txt")], cut=Cut(cut))
+        entries = list(FilesCorpus(config, tmp_path).entries())
+        assert sum(len(list(documents_of(entry))) for entry in entries) == count
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package as pip leaves it: two sources, one of them not UTF-8, and other files."""
+    site = tmp_path / "site"
+    (site / "small").mkdir(parents=True)
+    (site / "small" / "b.py").write_text(CODE)
+    (site / "small" / "a.py").write_bytes(b"# \xff")
+    (site / "small" / "c.txt").write_text("no source")
+    info = site / "small-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: small\nVersion: 1.5\n")
+    names = ["small/b.py", "small/a.py", "small/c.txt", "small/gone.py"]
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+    monkeypatch.syspath_prepend(site)
+    return site / "small"
+
+
+def test_sources_of_installed_packages_are_entries_cut_at_two_blank_lines(installed, tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n\ntwo")
+    config = FilesConfig(paths=[str(tmp_path / "a.txt")], packages={"small": None})
+    corpus = FilesCorpus(config, tmp_path)
+    entries = list(corpus.entries())
+    # What was removed since counts as empty.
+    assert [(entry.text, entry.cut) for entry in entries] == [
+        ("one\n\n\ntwo", Cut.whole),
+        (CODE, Cut.two_blank_lines),
+        ("", Cut.two_blank_lines),
+    ]
+    assert corpus.source["packages"][0][:2] == ["small", "1.5"]
+    assert corpus.num_bytes() == len("one\n\n\ntwo") + len(CODE) + 3
+    before = corpus.source
+    (installed / "b.py").write_text(CODE + "\n")
+    assert FilesCorpus(config, tmp_path).source != before
+
+
+def test_two_packages_make_a_corpus(tmp_path):
+    config = FilesConfig(packages={"packaging": None, "tqdm": None}, validation_fraction=0.1)
+    store = open_corpus(config, BpeConfig(vocab_size=300), tmp_path).store
+    packages = store.manifest["corpus"]["texts"]["source"]["packages"]
+    assert [name for name, _, _ in packages] == ["packaging", "tqdm"]
+    assert store.manifest["splits"]["train"]["documents"] > 100
+
+
+def test_sizes_are_known_well_enough_for_a_progress_bar(tmp_path):
+    text = "".join(f"{index} some text to pack\n" for index in range(400_000))
+    plain = text.encode()
+    for name, content in {
+        "a.txt": plain,
+        "a.txt.xz": lzma.compress(plain, preset=0),
+        "a.txt.gz": gzip.compress(plain, 1),
+        "a.txt.bz2": bz2.compress(plain, 1),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert text_bytes([tmp_path / name]) == pytest.approx(len(plain), rel=0.25)
+    write_parquet(tmp_path / "a.parquet", [text])
+    assert text_bytes([tmp_path / "a.parquet"]) == pytest.approx(len(plain), rel=0.1)
+    (tmp_path / "torn.xz").write_bytes(b"torn")
+    assert text_bytes([tmp_path / "torn.xz"]) is None
+    assert text_bytes([tmp_path / "a.txt", tmp_path / "a.txt.zst"]) is None

@@ -118,6 +118,18 @@ MISTAKES = {
     "packing.fixed_token must be one token of the tokenizer, got 'two words'": lambda folder: (
         packed(folder, CharactersConfig(), fixed_position=2, fixed_token="two words")
     ),
+    "corpus.near_duplicate_tokens must be >= 0, got -1": lambda _: AustenConfig(
+        near_duplicate_tokens=-1
+    ),
+    "corpus.near_duplicate_tokens must leave documents on the validation side, got 1: ": (
+        lambda folder: files(folder, MANY, near_duplicate_tokens=1)
+    ),
+    "corpus.packages must be installed, got 'no-such-package'": lambda folder: open_corpus(
+        FilesConfig(packages={"no-such-package": None}), BPE, folder
+    ),
+    "corpus.packages.torch must be the installed version ": lambda folder: open_corpus(
+        FilesConfig(packages={"torch": "0.1"}), BPE, folder
+    ),
     "corpus.unique_tokens must be >= 1 or null, got 0": lambda _: AustenConfig(unique_tokens=0),
     "corpus.unique_tokens must be at most the corpus's ": lambda folder: files(
         folder, MANY, unique_tokens=10**9
@@ -126,7 +138,9 @@ MISTAKES = {
         validation_fraction=0.0
     ),
     "corpus.min_document_tokens must be >= 1, got 0": lambda _: AustenConfig(min_document_tokens=0),
-    "corpus.paths must name at least one file, got []": lambda _: FilesConfig(),
+    "corpus.paths must name at least one file (or corpus.packages a package), got []": lambda _: (
+        FilesConfig()
+    ),
     "corpus.name must name a data set, got ''": lambda _: HubConfig(),
     "corpus.max_documents must be >= 2 or null, got 1": lambda _: HubConfig(
         name="a/b", max_documents=1

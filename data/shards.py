@@ -1,0 +1,221 @@
+"""Tokenising in shards, in several processes; what an interrupted build has done is kept.
+
+A shard is a run of consecutive documents, cut where their text reaches a size. A worker writes it
+whole, with a digest of the texts that it was made from. A later build keeps the shards whose texts
+are still the same, so the bytes of a store depend neither on the number of processes nor on how
+often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import warnings
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.documents import Split, TextDocument
+from data.files import write_atomically
+from data.progress import Progress
+from data.tokenizers import TextTokenizer
+from kernels.errors import UserError
+
+SHARD_CHARACTERS = 1 << 22
+"""Text of a shard: a few seconds' work, so little is lost to an interruption."""
+
+
+class ShardPart(NamedTuple):
+    """The documents of one side of the split in one shard, end to end.
+
+    Axes: N documents. ``lengths_N``: tokens, ``bytes_N``: bytes of text, int64 each. ``dropped``:
+    documents that were too short.
+    """
+
+    tokens: np.ndarray
+    lengths_N: np.ndarray
+    bytes_N: np.ndarray
+    dropped: int
+
+
+class _Job(NamedTuple):
+    path: Path
+    digest: bytes
+    num_bytes: int
+    documents: list[TextDocument]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def tokenise(
+    documents: Iterable[TextDocument],
+    tokenizer: TextTokenizer,
+    folder: Path,
+    *,
+    dtype: np.dtype,
+    min_tokens: int,
+    progress: Progress,
+    processes: int | None = None,
+    shard_characters: int | None = None,
+) -> list[Path]:
+    """The shards of ``documents`` in ``folder``, in their order; those that are there are kept.
+
+    processes: workers; None is one a core. shard_characters: None is ``SHARD_CHARACTERS``. Memory
+    holds a few shards' text for each worker, whatever the size of the corpus. Raises ``UserError``
+    if a worker dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write = _Writer(tokenizer, dtype, min_tokens)
+    paths: list[Path] = []
+    jobs = _unfinished(_jobs(documents, folder, shard_characters or SHARD_CHARACTERS), paths, progress)
+    head = list(islice(jobs, 2))
+    if len(head) < 2 or processes == 1:
+        # One shard isn't worth a process: the library's threads do.
+        for job in chain(head, jobs):
+            write(job)
+            progress.add(job.num_bytes)
+    else:
+        _in_processes(write, chain(head, jobs), processes or available_cores(), progress)
+    return paths
+
+
+def read_shard(path: Path) -> dict[Split, ShardPart]:
+    """Both sides of the split of a finished shard."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {
+            split: ShardPart(
+                arrays[f"{split}.tokens"],
+                arrays[f"{split}.lengths"],
+                arrays[f"{split}.bytes"],
+                int(arrays[f"{split}.dropped"]),
+            )
+            for split in Split
+        }
+
+
+def _jobs(documents: Iterable[TextDocument], folder: Path, shard_characters: int) -> Iterator[_Job]:
+    batch: list[TextDocument] = []
+    digest, num_bytes, characters, count = hashlib.blake2b(digest_size=16), 0, 0, 0
+    for document in documents:
+        text = document.text.encode()
+        # Where one text ends and the next begins is part of what is digested.
+        digest.update(f"{document.split} {len(text)} ".encode())
+        digest.update(text)
+        batch.append(document)
+        num_bytes += len(text)
+        characters += len(document.text)
+        if characters >= shard_characters:
+            yield _Job(folder / f"{count:08d}.npz", digest.digest(), num_bytes, batch)
+            batch, count = [], count + 1
+            digest, num_bytes, characters = hashlib.blake2b(digest_size=16), 0, 0
+    if batch:
+        yield _Job(folder / f"{count:08d}.npz", digest.digest(), num_bytes, batch)
+
+
+def _unfinished(jobs: Iterable[_Job], paths: list[Path], progress: Progress) -> Iterator[_Job]:
+    """The jobs whose shard isn't there; ``paths`` gets every job's."""
+    for job in jobs:
+        paths.append(job.path)
+        if _is_there(job):
+            progress.skip(job.num_bytes)
+        else:
+            yield job
+
+
+def _is_there(job: _Job) -> bool:
+    try:
+        with np.load(job.path, allow_pickle=False) as arrays:
+            # Reading every array checks its sum.
+            return arrays["digest"].tobytes() == job.digest and all(
+                arrays[name] is not None for name in arrays.files
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return False
+
+
+class _Writer:
+    """Tokenises a job's documents and writes their shard."""
+
+    def __init__(self, tokenizer: TextTokenizer, dtype: np.dtype, min_tokens: int):
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        self._min_tokens = min_tokens
+
+    def __call__(self, job: _Job) -> None:
+        ids = self._tokenizer.encode_batch([document.text for document in job.documents])
+        arrays = {"digest": np.frombuffer(job.digest, np.uint8)}
+        for split in Split:
+            pairs = [
+                (document, tokens)
+                for document, tokens in zip(job.documents, ids, strict=True)
+                if document.split is split
+            ]
+            kept = [pair for pair in pairs if len(pair[1]) >= self._min_tokens]
+            pieces = [np.array(tokens, self._dtype) for _, tokens in kept]
+            arrays[f"{split}.tokens"] = np.concatenate([np.empty(0, self._dtype), *pieces])
+            arrays[f"{split}.lengths"] = np.array([len(piece) for piece in pieces], np.int64)
+            arrays[f"{split}.bytes"] = np.array(
+                [len(document.text.encode()) for document, _ in kept], np.int64
+            )
+            arrays[f"{split}.dropped"] = np.array(len(pairs) - len(kept))
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        write_atomically(job.path, content.getvalue())
+
+
+_write_in_worker: _Writer
+
+
+def _start_worker(write: _Writer) -> None:
+    global _write_in_worker
+    _write_in_worker = write
+    # The library's threads don't survive a fork, and each worker has one core anyway.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches the whole group; the parent tells the workers to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(job: _Job) -> int:
+    _write_in_worker(job)
+    return job.num_bytes
+
+
+def _in_processes(write: _Writer, jobs: Iterable[_Job], processes: int, progress: Progress) -> None:
+    pool = ProcessPoolExecutor(
+        processes,
+        # Forked workers have the tokenizer as it is, and import nothing.
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(write,),
+    )
+    running: deque[Future[int]] = deque()
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any fork beside threads; the workers touch none.
+            warnings.filterwarnings("ignore", "(?s).*use of fork", DeprecationWarning)
+            for job in jobs:
+                running.append(pool.submit(_work, job))
+                if len(running) > 2 * processes:
+                    progress.add(running.popleft().result())
+            while running:
+                progress.add(running.popleft().result())
+    except BrokenProcessPool as error:
+        raise UserError(
+            "tokenising processes must stay alive (too little memory?), got one that died; the "
+            "same command goes on where it stopped"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,60 @@
+"""Tokenise a corpus ahead of time: what training would do itself, before a GPU waits for it.
+
+    python -m scripts.prepare [--processes N] [overrides]
+
+Takes the settings of ``python -m train``; those of ``corpus`` and ``tokenizer`` and ``cache_dir``
+matter. Interrupted, the same command goes on where it stopped: what is tokenised stays, though the
+source is read from its beginning. A finished store is checked against its checksums.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from data.corpora import open_corpus
+from kernels.errors import UserError, require
+from train.__main__ import tell
+from train.config import compose
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--processes", type=int, help="that tokenise; default: one a core")
+    options, overrides = parser.parse_known_args(arguments)
+    processes = options.processes
+    require(processes is None or processes >= 1, "--processes", "must be >= 1", processes)
+    config, _ = compose(overrides)
+    start = time.monotonic()
+    corpus = open_corpus(config.corpus, config.tokenizer, Path(config.cache_dir), processes)
+    seconds = time.monotonic() - start
+    print(
+        f"tokenizer {corpus.tokenizer.vocab_size:,} tokens, sha256 {corpus.tokenizer.sha256[:12]}"
+    )
+    for line in corpus.store.describe():
+        print(line)
+    print(f"data sha256 {corpus.sha256}; ready and checked after {seconds:.1f} s")
+
+
+def command(arguments: list[str]) -> int:
+    """Run it with these arguments; returns the exit code."""
+    try:
+        main(arguments)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        tell(error)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

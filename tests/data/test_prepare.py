@@ -1,0 +1,101 @@
+"""``python -m scripts.prepare`` and its benchmark, as commands."""
+
+import json
+import lzma
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.store import read_store
+from scripts import bench_prepare, prepare
+from tests.data.conftest import WORDS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def settings(corpus_file, tmp_path) -> list[str]:
+    return [
+        "corpus=files",
+        f"corpus.paths=[{corpus_file}]",
+        "corpus.validation_fraction=0.2",
+        "tokenizer=bpe",
+        "tokenizer.vocab_size=300",
+        f"cache_dir={tmp_path}",
+    ]
+
+
+def test_it_makes_what_training_looks_for(settings, tmp_path, capsys, monkeypatch):
+    assert prepare.command(["--processes", "1", *settings]) == 0
+    told = capsys.readouterr().out
+    (path,) = (path for path in (tmp_path / "stores").iterdir() if path.is_dir())
+    assert f"token store {path}" in told and f"data sha256 {read_store(path).sha256}" in told
+
+    def build(*_, **__):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr("data.store.build_store", build)
+    from train.__main__ import command
+
+    limits = ["debug=cpu", "trainer.max_steps=1", f"run_dir={tmp_path / 'run'}"]
+    assert command([*limits, *settings]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("corpus.paths=[/no/such/file]", "corpus.paths must match at least one file"),
+        ("corpus.no_such=1", "Could not override 'corpus.no_such'"),
+        ("--processes=0", "--processes must be >= 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_line(settings, capsys, override, message):
+    assert prepare.command([*settings, override]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {message}") and told.count("\n") == 1
+
+
+def test_an_interruption_says_how_to_go_on(settings, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "open_corpus", interrupt)
+    assert prepare.command(settings) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_benchmark_tells_both_speeds(settings, capsys, tmp_path):
+    bench_prepare.main(["--json", str(tmp_path / "figures.json"), *settings])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    told = capsys.readouterr().out
+    assert "source to store" in told and "encode_batch" in told
+    ratio = figures["prepare_mb_per_s"] / figures["encode_batch_mb_per_s"]
+    assert figures["ratio"] == pytest.approx(ratio, rel=0.2)
+    assert figures["tokens"] > 1000 and figures["largest_process_mib"] > 50
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path):
+    """Four times the text hardly changes what the process that reads and writes holds."""
+    peaks = []
+    rng = random.Random(0)
+    for copies in (1, 4):
+        path = tmp_path / f"{copies}.jsonl.xz"
+        with lzma.open(path, "wt", preset=0) as file:
+            for index in range(copies * 5000):
+                file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=300))}) + "\n")
+        command = ["corpus=files", f"corpus.paths=[{path}]", "tokenizer=bpe_small"]
+        script = (
+            "import resource, sys\n"
+            "from scripts import prepare\n"
+            f"assert prepare.command({[*command, f'cache_dir={tmp_path}']!r}) == 0\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+        )
+        told = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        peaks.append(int(told.stdout.split()[-1]))
+    assert peaks[1] < peaks[0] + 150
