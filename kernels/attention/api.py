@@ -36,6 +36,9 @@ IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 MAX_HEAD_DIM = 256
 """Largest head dim of the Triton kernels: their tiles must fit in shared memory."""
 
+MAX_PROGRAMS = 2**16 - 1
+"""Rows x heads that the Triton kernels take: CUDA's limit on a grid's second axis."""
+
 # Read once: compiled code can't iterate over an enumeration in every supported PyTorch.
 _LEVELS = {level.value: level for level in StatisticsLevel}
 _logged_choices: set[str] = set()
@@ -208,6 +211,9 @@ def _why_not_triton(
         return "slopes that need a gradient"
     if scale <= 0:
         return f"a scale that isn't positive ({scale})"
+    programs = q_BTHD.shape[0] * q_BTHD.shape[2]
+    if programs > MAX_PROGRAMS:
+        return f"{programs} rows x heads (at most {MAX_PROGRAMS})"
     step = 16 // q_BTHD.element_size()
     for head_dim in (q_BTHD.shape[3], v_BTGE.shape[3]):
         if head_dim % step or head_dim > MAX_HEAD_DIM:

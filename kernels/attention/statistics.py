@@ -34,7 +34,7 @@ class StatisticsLevel(StrEnum):
 
 
 class Statistics(NamedTuple):
-    """Detached tensors, fp32 (fp64 for fp64 inputs).
+    """Detached tensors, fp32 (fp64 for fp64 inputs). Two of them may share memory.
 
     first_mass_BHT: attention each query pays to key 0.
     document_mass_BHT: attention each query pays to the first token of its own document.

@@ -87,30 +87,37 @@ def candidates(kernel: str, head_dim: int) -> list[Tile | Warpgroups]:
 def calls_of(problem: Problem, search: Search) -> Callable[[], object]:
     """The kernel of a search on a problem's inputs, with the tiles in force when it is called."""
     q, k, v, dout = problem.inputs(0)
-    mask = MaskTensors(
-        problem.mask.start_BT,
-        problem.mask.stop_BT,
-        problem.mask.document_start_BT,
-        problem.mask.pinned,
-        problem.mask.is_causal,
-        problem.mask.one_document,
-    )
+
+    def mask() -> MaskTensors:
+        # Anew for each call, as the operators do: its tables are part of the call.
+        return MaskTensors(
+            problem.mask.start_BT,
+            problem.mask.stop_BT,
+            problem.mask.document_start_BT,
+            problem.mask.pinned,
+            problem.mask.is_causal,
+            problem.mask.one_document,
+        )
+
     scale, level = problem.scale, search.level
-    outputs = forward_outputs(q, v, None, level, mask.one_document)
+    outputs = forward_outputs(q, v, None, level, problem.mask.one_document)
     if search.kernel == "forward":
-        return lambda: launch.forward(q, k, v, mask, None, None, scale, level, outputs)
-    launch.forward(q, k, v, mask, None, None, scale, level, outputs)
+        return lambda: launch.forward(q, k, v, mask(), None, None, scale, level, outputs)
+    launch.forward(q, k, v, mask(), None, None, scale, level, outputs)
     out, lse = outputs.out_BTHE, outputs.lse_BHT
     if search.kernel == "key_mass":
         mass = torch.empty_like(lse)
-        return lambda: launch.key_mass(q, k, lse, mask, None, scale, mass)
+        return lambda: launch.key_mass(q, k, lse, mask(), None, scale, mass)
     grads = backward_outputs(q, k, v, lse, level)
-    call = BackwardCall(dout, None, q, k, v, out, lse, mask, None, scale, level != "off")
+
+    def call() -> BackwardCall:
+        return BackwardCall(dout, None, q, k, v, out, lse, mask(), None, scale, level != "off")
+
     rows = (torch.empty_like(lse), grads.shift_BHT)
     if search.kernel == "query":
-        return lambda: launch.query_gradients(call, grads, *rows)
-    launch.query_gradients(call, grads, *rows)
-    return lambda: launch.key_gradients(call, grads, *rows)
+        return lambda: launch.query_gradients(call(), grads, *rows)
+    launch.query_gradients(call(), grads, *rows)
+    return lambda: launch.key_gradients(call(), grads, *rows)
 
 
 def compile_share(index: int, device: torch.device) -> None:

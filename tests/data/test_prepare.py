@@ -85,7 +85,7 @@ def test_memory_is_bounded(tmp_path):
     for copies in (1, 4):
         path = tmp_path / f"{copies}.jsonl.xz"
         with lzma.open(path, "wt", preset=0) as file:
-            for index in range(copies * 5000):
+            for _ in range(copies * 5000):
                 file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=300))}) + "\n")
         command = ["corpus=files", f"corpus.paths=[{path}]", "tokenizer=bpe_small"]
         script = (

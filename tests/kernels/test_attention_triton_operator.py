@@ -3,6 +3,7 @@
 Axes: B rows of the batch, T query positions, H query heads, G key/value heads, D head dim.
 """
 
+import dataclasses
 from functools import cache
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.attention import sink_attention
+from kernels.errors import UserError
 from kernels.masks import IntervalMask
 from tests.kernels.interpreted import IN_INTERPRETER, documents
 
 pytest.importorskip("triton")
-from kernels.attention.fused.tensors import as_loadable
+from kernels.attention.fused.tensors import MaskTensors, as_loadable
+from kernels.attention.fused.tiles import Warpgroups, override_tiles
 
 pytestmark = IN_INTERPRETER
 
@@ -140,3 +143,79 @@ def test_products_are_counted():
         OPERATORS.attention_backward: 2 * pairs * (3 * D + 2 * E),
         OPERATORS.key_mass: 2 * pairs * D,
     }
+
+
+def cropped(x_BT: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x_BT, (0, 3))[:, :-3]
+
+
+def shifted(x_BT: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x_BT.flatten(), (1, 0))[1:].view_as(x_BT)
+
+
+def expanded(x_BT: torch.Tensor) -> torch.Tensor:
+    return x_BT[:1].expand_as(x_BT)
+
+
+@pytest.mark.parametrize("stored", [cropped, shifted, expanded])
+def test_masks_are_read_wherever_they_lie(stored, case_of, run_case, assert_agrees):
+    mask = IntervalMask.causal(2, 24).window(5)
+    names = ("start_BT", "stop_BT", "document_start_BT")
+    elsewhere = dataclasses.replace(mask, **{name: stored(getattr(mask, name)) for name in names})
+    tensors = MaskTensors(*(getattr(elsewhere, name) for name in names), 0, False, True)
+    for name in names:
+        x_BT = getattr(tensors, name)
+        assert x_BT.stride() == (24, 1) and x_BT.data_ptr() % 16 == 0
+    settings = {"statistics": "full", "tap": True}
+    ours = run_case(case_of(elsewhere), torch.float32, implementation="triton", **settings)
+    assert_agrees(ours, run_case(case_of(mask), torch.float64, **settings), tolerance=1e-5)
+
+
+def test_slopes_are_read_wherever_they_lie():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 24, 4, 16, generator=generator).requires_grad_()
+    mask = IntervalMask.causal(2, 24)
+    slopes = {
+        "apart": torch.tensor([0.5, 9.0, 0.25, 9.0, 0.125, 9.0, 1.0, 9.0])[::2],
+        "expanded": torch.tensor([0.5]).expand(4),
+    }
+    for slopes_H in slopes.values():
+        ours, exact = (
+            sink_attention(q, k, v, mask, slopes_H=slopes_H, implementation=implementation)
+            for implementation in ("triton", "reference")
+        )
+        torch.testing.assert_close(ours.out_BTHE, exact.out_BTHE, rtol=0, atol=1e-5)
+        grads = [torch.autograd.grad(x.out_BTHE.square().sum(), [q, k, v]) for x in (ours, exact)]
+        for ours_grad, exact_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(ours_grad, exact_grad, rtol=0, atol=1e-4)
+
+
+def test_an_empty_batch_gives_empty_results():
+    q, k, v = (torch.zeros(0, 24, 2, 16, requires_grad=True) for _ in range(3))
+    ends_BT = torch.zeros(0, 24, dtype=torch.int32)
+    mask = IntervalMask(start_BT=ends_BT, stop_BT=ends_BT, document_start_BT=ends_BT)
+    results = [
+        sink_attention(q, k, v, mask, statistics="full", implementation=implementation)
+        for implementation in ("triton", "reference")
+    ]
+    for ours, exact in zip(results[0].statistics, results[1].statistics, strict=True):
+        assert (ours is None) == (exact is None)
+        assert ours is None or ours.shape == exact.shape
+    results[0].out_BTHE.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_more_programs_than_cuda_counts_are_refused():
+    x = torch.zeros(2**15, 1, 2, 16)
+    with pytest.raises(UserError, match=r"can't run 65536 rows x heads \(at most 65535\)"):
+        sink_attention(x, x, x, IntervalMask.causal(2**15, 1), implementation="triton")
+
+
+def test_programs_that_there_are_not_are_refused():
+    for settings in ({"groups": 4, "stages": 2}, {"groups": 1, "stages": 1, "overlap": True}):
+        with pytest.raises(ValueError, match="no program of Hopper's has this tile"):
+            Warpgroups(rows=64, **settings)
+    q, k, v = (torch.zeros(1, 24, 2, 16) for _ in range(3))
+    hopper = Warpgroups(groups=1, rows=64, stages=2)
+    with override_tiles(forward=hopper), pytest.raises(ValueError, match="Hopper's program can't"):
+        sink_attention(q, k, v, IntervalMask.causal(1, 24), implementation="triton")

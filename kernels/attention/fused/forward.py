@@ -194,7 +194,9 @@ def forward_kernel(
     exists_M = i_M < num_tokens
     row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
     if HAS_NULL:
-        null_ptrs = null_ptr + batch.to(tl.int64) * null_stride_b + head * null_stride_h
+        null_ptrs = (
+            null_ptr + batch.to(tl.int64) * null_stride_b + head.to(tl.int64) * null_stride_h
+        )
         null_ptrs += i_M.to(tl.int64) * null_stride_t
         null_M = tl.load(null_ptrs, mask=exists_M, other=0.0).to(tl.float32) * LOG2_E
         high_M = tl.maximum(log_sum_M, null_M)

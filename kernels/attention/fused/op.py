@@ -122,9 +122,11 @@ def _attention(
     outputs = forward_outputs(q, v, null_logit, level, one_document)
     mask = MaskTensors(start, stop, document_start, pinned, is_causal, one_document)
     q, k, v = (as_loadable(x) for x in (q, k, v))
-    # Triton launches on the current device, which need not be the tensors'.
+    slopes = None if slopes is None else slopes.contiguous()
+    # Triton launches on the current device, which need not be the tensors'; and never nothing.
     with torch.cuda.device_of(q):
-        launch.forward(q, k, v, mask, null_logit, slopes, scale, level, outputs)
+        if len(q):
+            launch.forward(q, k, v, mask, null_logit, slopes, scale, level, outputs)
     return tuple(outputs)
 
 
@@ -163,11 +165,12 @@ def _attention_backward(
     # Documents take no part in the visibility.
     mask = MaskTensors(start, stop, start, pinned, is_causal, one_document=False)
     dout, q, k, v = (as_loadable(x) for x in (dout, q, k, v))
-    dlse = None if dlse is None else dlse.contiguous()
+    dlse, slopes = (None if x is None else x.contiguous() for x in (dlse, slopes))
     measures = level != StatisticsLevel.off
     call = BackwardCall(dout, dlse, q, k, v, out, lse, mask, slopes, scale, measures)
     with torch.cuda.device_of(q):
-        launch.backward(call, grads)
+        if len(q):
+            launch.backward(call, grads)
     return tuple(grads)
 
 
@@ -194,8 +197,10 @@ def _key_mass(q, k, lse, slopes, start, stop, pinned, is_causal, scale):
     mask = MaskTensors(start, stop, start, pinned, is_causal, one_document=False)
     key_mass_BHT = torch.empty_like(lse)
     q, k = as_loadable(q), as_loadable(k)
+    slopes = None if slopes is None else slopes.contiguous()
     with torch.cuda.device_of(q):
-        launch.key_mass(q, k, lse, mask, slopes, scale, key_mass_BHT)
+        if len(q):
+            launch.key_mass(q, k, lse, mask, slopes, scale, key_mass_BHT)
     return key_mass_BHT
 
 

@@ -19,11 +19,12 @@ MIN_PART = 16
 """Narrowest tile the matrix units take."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskTensors:
-    """An ``IntervalMask`` as a custom operator takes it: start, stop, document start [B, T].
+    """An ``IntervalMask`` as one call of the kernels takes it: start, stop, document start [B, T].
 
-    bounds: tables that one call's kernels share, by queries a tile.
+    The kernels and their bulk copies read rows end to end, 16 bytes a step: other tensors are
+    copied. bounds: tables that the call's kernels share, by queries a tile.
     """
 
     start_BT: Tensor
@@ -32,19 +33,25 @@ class MaskTensors:
     pinned: int
     is_causal: bool
     one_document: bool
-    bounds: dict[int, Tensor] = field(default_factory=dict)
+    bounds: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        for name in ("start_BT", "stop_BT", "document_start_BT"):
+            object.__setattr__(self, name, _rows_end_to_end(getattr(self, name)))
 
 
 class ForwardOutputs(NamedTuple):
-    """What the forward fills; statistics are None below the level that asks for them."""
+    """What the forward fills; a statistic that the level doesn't ask for has no elements, nor has
+    document mass where rows have one document, which makes it first mass.
+    """
 
     out_BTHE: Tensor
     lse_BHT: Tensor
-    first_BHT: Tensor | None
-    document_BHT: Tensor | None
-    null_BHT: Tensor | None
-    max_BH: Tensor | None
-    entropy_BHT: Tensor | None
+    first_BHT: Tensor
+    document_BHT: Tensor
+    null_BHT: Tensor
+    max_BH: Tensor
+    entropy_BHT: Tensor
 
 
 class BackwardCall(NamedTuple):
@@ -64,13 +71,13 @@ class BackwardCall(NamedTuple):
 
 
 class BackwardOutputs(NamedTuple):
-    """What the backward fills; shift = dout.out - dlse, fp32."""
+    """What the backward fills; shift = dout.out - dlse, fp32; no key mass has no elements."""
 
     dq_BTHD: Tensor
     dk_BTGD: Tensor
     dv_BTGE: Tensor
     shift_BHT: Tensor
-    key_mass_BHT: Tensor | None
+    key_mass_BHT: Tensor
 
 
 def parts_of(width: int) -> tuple[int, int]:
@@ -112,6 +119,12 @@ def precision_of(x: Tensor) -> str:
     """Triton's name for how products of ``x`` are made."""
     # fp32 is for tests: its products must not fall to tf32. Narrower inputs have one precision.
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _rows_end_to_end(x_BT: Tensor) -> Tensor:
+    fine = x_BT.stride() == (x_BT.shape[1], 1) and x_BT.data_ptr() % 16 == 0
+    # ``contiguous`` would keep a single row, whatever its stride and base.
+    return x_BT if fine else x_BT.clone(memory_format=torch.contiguous_format)
 
 
 def as_loadable(x: Tensor) -> Tensor:

@@ -59,10 +59,17 @@ class Warpgroups:
     stages: int
     overlap: bool = False
 
+    def __post_init__(self):
+        if self.groups not in (1, 2, 3) or self.stages < 1 + self.overlap:
+            # With one buffer, products left in flight would wait for a copy that waits for them.
+            raise ValueError(f"no program of Hopper's has this tile: {self}")
+
     @property
     def registers(self) -> int:
-        """Registers of a computing thread; the warpgroup that copies keeps 24."""
-        return {1: 224, 2: 240, 3: 160}[self.groups]
+        """Registers of a computing thread of the second group and the third; the first group gets
+        what they and the copying warp, which keeps 24, leave.
+        """
+        return {1: 0, 2: 240, 3: 160}[self.groups]
 
     @property
     def launch_options(self) -> dict[str, int]:
@@ -90,19 +97,23 @@ _ANY_CARD = {
     "key": Tile(queries=32, keys=64, warps=4, stages=2),
     "key_mass": Tile(queries=32, keys=64, warps=4, stages=2),
 }
-# fp32 is for tests; its tiles take twice the shared memory.
+# fp32 is for tests; its tiles take twice the shared memory, and some cards have 99 KB of it.
 _FP32 = Tile(queries=32, keys=32, warps=4, stages=1)
+_WIDE_FP32 = Tile(queries=16, keys=16, warps=4, stages=1)
 _overrides: dict[str, Tile | Warpgroups] = {}
 
 
 def tile_for(kernel: str, situation: Situation, for_hopper: bool) -> Tile | Warpgroups:
     """The tile of one of ``KERNELS``. for_hopper: Hopper's program can run the call."""
     if kernel in _overrides:
-        return _overrides[kernel]
+        tile = _overrides[kernel]
+        if isinstance(tile, Warpgroups) and not for_hopper:
+            raise ValueError(f"Hopper's program can't run this call: {situation}")
+        return tile
     if situation.device.type != "cuda":
         return _INTERPRETED
     if situation.dtype.itemsize > 2:
-        return _FP32
+        return _FP32 if situation.head_dim <= 128 else _WIDE_FP32
     return _look_up(
         kernel,
         torch.cuda.get_device_name(situation.device),

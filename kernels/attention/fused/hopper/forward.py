@@ -17,10 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.fused.blocks import LN_2, LOG2_E, NEVER
 from kernels.attention.fused.hopper.pieces import (
-    LN_2,
-    LOG2_E,
-    NEVER,
     ROWS,
     barriers,
     copy_in,
@@ -39,13 +37,13 @@ from kernels.attention.fused.hopper.steps import own_steps, tile_of_step, tiles_
 def _producer(
     q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
     q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-    batch, block, num_blocks, head, group, num_tokens,
+    batch, block, num_tiles, head, group, num_tokens,
     CAUSAL: gl.constexpr, PINNED: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = (D0 + D1) * 2
     low, high, extra = tiles_of_block(
-        bounds_ptr, batch, block, num_blocks, num_tokens, CAUSAL, PINNED, GROUPS, BN
+        bounds_ptr, batch, block, num_tiles, num_tokens, CAUSAL, PINNED, GROUPS, BN
     )
     for w in gl.static_range(GROUPS):
         mbarrier.expect(q_full.index(w), ROWS * BYTES)
@@ -96,7 +94,7 @@ def _consumer(
         bounds_ptr, start_ptr, stop_ptr, document_ptr, null_ptr, null_stride_t,
         lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
     ) = pointers  # fmt: skip
-    batch, block, num_blocks, head, num_tokens, scale = place
+    batch, block, num_tiles, head, num_tokens, scale = place
     LX: gl.constexpr = products(BN)
     L0: gl.constexpr = products(D0)
     L1: gl.constexpr = products(D1 if D1 > 0 else 16)
@@ -109,11 +107,11 @@ def _consumer(
     exists_M = i_M < num_tokens
     n_N = gl.arange(0, BN, layout=gl.SliceLayout(0, LX))
     low, high, extra = tiles_of_block(
-        bounds_ptr, batch, block, num_blocks, num_tokens, CAUSAL, PINNED, GROUPS, BN
+        bounds_ptr, batch, block, num_tiles, num_tokens, CAUSAL, PINNED, GROUPS, BN
     )
     count = high - low + extra
     begin, end, full_low, full_high = own_steps(
-        bounds_ptr, batch, tile, num_blocks, num_tokens, low, high, count, CAUSAL, PINNED, BN
+        bounds_ptr, batch, tile, num_tiles, num_tokens, low, high, count, CAUSAL, PINNED, BN
     )
     start_M, stop_M = i_M, i_M
     if not CAUSAL:
@@ -132,7 +130,7 @@ def _consumer(
     if MEASURE:  # noqa: SIM102
         if not ONE_DOCUMENT:
             document_M = gl.load(document_ptr + i_M, mask=exists_M, other=-1)
-            bounds = bounds_ptr + (batch * num_blocks + gl.minimum(tile, num_blocks - 1)) * 8
+            bounds = bounds_ptr + (batch * num_tiles + gl.minimum(tile, num_tiles - 1)) * 8
             earliest, latest = gl.load(bounds + 5), gl.load(bounds + 6)
     q0_w, q1_w = flat(q0_s.index(w)), flat(q1_s.index(w))
     mbarrier.wait(q_full.index(w), 0)
@@ -272,19 +270,18 @@ def forward_kernel(
     batch = gl.program_id(1) // num_heads
     head = gl.program_id(1) % num_heads
     group = head // heads_per_group
-    num_blocks = gl.cdiv(num_tokens, ROWS)
+    num_tiles = gl.cdiv(num_tokens, ROWS)
     dtype: gl.constexpr = q0.dtype
-    BUFFERS: gl.constexpr = 4 if GROUPS == 3 else GROUPS
     # One part covers most head dims; the second buffers are then the first's.
-    q0_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D0], q0.layout)
+    q0_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D0], q0.layout)
     k0_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D0], k0.layout)
     v0_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D0], v0.layout)
     q1_s, k1_s, v1_s = q0_s, k0_s, v0_s
     if D1 > 0:
-        q1_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D1], q1.layout)
+        q1_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D1], q1.layout)
         k1_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D1], k1.layout)
         v1_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D1], v1.layout)
-    q_full = barriers(BUFFERS, 1)
+    q_full = barriers(GROUPS, 1)
     k_full = barriers(STAGES, 1)
     v_full = barriers(STAGES, 1)
     k_empty = barriers(STAGES, GROUPS)
@@ -297,7 +294,7 @@ def forward_kernel(
     if MEASURE:
         document_ptr += row
     if HAS_NULL:
-        null_ptr += batch.to(gl.int64) * null_stride_b + head * null_stride_h
+        null_ptr += batch.to(gl.int64) * null_stride_b + head.to(gl.int64) * null_stride_h
     row = gl.program_id(1).to(gl.int64) * num_tokens
     lse_ptr += row
     if MEASURE:
@@ -317,7 +314,7 @@ def forward_kernel(
         bounds_ptr, start_ptr, stop_ptr, document_ptr, null_ptr, null_stride_t,
         lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
     )  # fmt: skip
-    place = (batch, block, num_blocks, head, num_tokens, scale)
+    place = (batch, block, num_tiles, head, num_tokens, scale)
     if GROUPS == 1:
         gl.warp_specialize(
             [
@@ -334,7 +331,7 @@ def forward_kernel(
                     (
                         q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
                         q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-                        batch, block, num_blocks, head, group, num_tokens,
+                        batch, block, num_tiles, head, group, num_tokens,
                         CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                     ),
                 ),
@@ -366,7 +363,7 @@ def forward_kernel(
                     (
                         q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
                         q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-                        batch, block, num_blocks, head, group, num_tokens,
+                        batch, block, num_tiles, head, group, num_tokens,
                         CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                     ),
                 ),
@@ -406,7 +403,7 @@ def forward_kernel(
                     (
                         q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
                         q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-                        batch, block, num_blocks, head, group, num_tokens,
+                        batch, block, num_tiles, head, group, num_tokens,
                         CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                     ),
                 ),

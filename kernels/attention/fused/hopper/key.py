@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.fused.blocks import LOG2_E
 from kernels.attention.fused.hopper.pieces import (
-    LOG2_E,
     ROWS,
     barriers,
     copy_in,
@@ -146,7 +146,12 @@ def _consumer(
                     start_M = start_s.index(stage).reshape([BM]).load(LC)
                     stop_M = stop_s.index(stage).reshape([BM]).load(LC)
                     seen_NM = visible(
-                        m_M[None, :], j_N[:, None], start_M[None, :], stop_M[None, :], False, PINNED
+                        (m * BM + m_M)[None, :],
+                        j_N[:, None],
+                        start_M[None, :],
+                        stop_M[None, :],
+                        CAUSAL,
+                        PINNED,
                     )
                     p_NM = gl.where(seen_NM, p_NM, 0.0)
             if MEASURE:
@@ -212,16 +217,15 @@ def key_kernel(
     batch = gl.program_id(1) // num_groups
     group = gl.program_id(1) % num_groups
     dtype: gl.constexpr = q0.dtype
-    BUFFERS: gl.constexpr = 4 if GROUPS == 3 else GROUPS
-    k0_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D0], k0.layout)
-    v0_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D0], v0.layout)
+    k0_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D0], k0.layout)
+    v0_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D0], v0.layout)
     q0_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BM, 1, D0], q0.layout)
     dout0_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BM, 1, D0], dout0.layout)
     # One part covers most head dims; the second buffers are then the first's.
     k1_s, v1_s, q1_s, dout1_s = k0_s, v0_s, q0_s, dout0_s
     if D1 > 0:
-        k1_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D1], k1.layout)
-        v1_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D1], v1.layout)
+        k1_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D1], k1.layout)
+        v1_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D1], v1.layout)
         q1_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BM, 1, D1], q1.layout)
         dout1_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BM, 1, D1], dout1.layout)
     log_sum_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], log_sum.layout)

@@ -17,15 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)
 """Rows a warpgroup owns: the height of its matrix instruction."""
-
-HIDDEN = gl.constexpr(-2e30)
-NEVER = gl.constexpr(-1e30)
-"""A hidden key's score, and the running maximum before any score: finite, so that no difference of
-infinities arises, and far enough apart that 2**(HIDDEN - NEVER) is 0."""
 
 
 @gluon.constexpr_function
@@ -42,7 +35,7 @@ def left_operand(width):
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, arrivals: gl.constexpr):
-    """COUNT barriers that take ``arrivals`` each. COUNT is a power of two."""
+    """COUNT barriers that take ``arrivals`` each."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for j in gl.static_range(COUNT):
         mbarrier.init(bars.index(j), count=arrivals)

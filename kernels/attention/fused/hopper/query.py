@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.attention.fused.blocks import LOG2_E
 from kernels.attention.fused.hopper.pieces import (
-    LOG2_E,
     ROWS,
     barriers,
     copy_in,
@@ -31,14 +31,14 @@ from kernels.attention.fused.hopper.steps import own_steps, tile_of_step, tiles_
 @gluon.jit
 def _producer(
     q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1, tiles, q_full, full, empty, bounds_ptr,
-    batch, block, num_blocks, head, group, num_tokens,
+    batch, block, num_tiles, head, group, num_tokens,
     CAUSAL: gl.constexpr, PINNED: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     q0_s, q1_s, out0_s, out1_s, dout0_s, dout1_s, k0_s, k1_s, v0_s, v1_s = tiles
     BYTES: gl.constexpr = (D0 + D1) * 2
     low, high, extra = tiles_of_block(
-        bounds_ptr, batch, block, num_blocks, num_tokens, CAUSAL, PINNED, GROUPS, BN
+        bounds_ptr, batch, block, num_tiles, num_tokens, CAUSAL, PINNED, GROUPS, BN
     )
     for w in gl.static_range(GROUPS):
         row0 = (block * GROUPS + w) * ROWS
@@ -74,7 +74,7 @@ def _consumer(
 ):  # fmt: skip
     q0_s, q1_s, out0_s, out1_s, dout0_s, dout1_s, k0_s, k1_s, v0_s, v1_s = tiles
     bounds_ptr, start_ptr, stop_ptr, lse_ptr, dlse_ptr, log_sum_ptr, shift_ptr = pointers
-    batch, block, num_blocks, head, num_tokens, num_rows, scale = place
+    batch, block, num_tiles, head, num_tokens, num_rows, scale = place
     LX: gl.constexpr = products(BN)
     L0: gl.constexpr = products(D0)
     L1: gl.constexpr = products(D1 if D1 > 0 else 16)
@@ -89,11 +89,11 @@ def _consumer(
     exists_M = i_M < num_tokens
     n_N = gl.arange(0, BN, layout=gl.SliceLayout(0, LX))
     low, high, extra = tiles_of_block(
-        bounds_ptr, batch, block, num_blocks, num_tokens, CAUSAL, PINNED, GROUPS, BN
+        bounds_ptr, batch, block, num_tiles, num_tokens, CAUSAL, PINNED, GROUPS, BN
     )
     count = high - low + extra
     begin, end, full_low, full_high = own_steps(
-        bounds_ptr, batch, tile, num_blocks, num_tokens, low, high, count, CAUSAL, PINNED, BN
+        bounds_ptr, batch, tile, num_tiles, num_tokens, low, high, count, CAUSAL, PINNED, BN
     )
     start_M, stop_M = i_M, i_M
     if not CAUSAL:
@@ -186,23 +186,22 @@ def query_kernel(
     batch = gl.program_id(1) // num_heads
     head = gl.program_id(1) % num_heads
     group = head // heads_per_group
-    num_blocks = gl.cdiv(num_tokens, ROWS)
+    num_tiles = gl.cdiv(num_tokens, ROWS)
     dtype: gl.constexpr = q0.dtype
-    BUFFERS: gl.constexpr = 4 if GROUPS == 3 else GROUPS
-    q0_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D0], q0.layout)
-    out0_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D0], q0.layout)
-    dout0_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D0], q0.layout)
+    q0_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D0], q0.layout)
+    out0_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D0], q0.layout)
+    dout0_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D0], q0.layout)
     k0_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D0], k0.layout)
     v0_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D0], v0.layout)
     # One part covers most head dims; the second buffers are then the first's.
     q1_s, out1_s, dout1_s, k1_s, v1_s = q0_s, out0_s, dout0_s, k0_s, v0_s
     if D1 > 0:
-        q1_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D1], q1.layout)
-        out1_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D1], q1.layout)
-        dout1_s = gl.allocate_shared_memory(dtype, [BUFFERS, 1, ROWS, 1, D1], q1.layout)
+        q1_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D1], q1.layout)
+        out1_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D1], q1.layout)
+        dout1_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, ROWS, 1, D1], q1.layout)
         k1_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D1], k1.layout)
         v1_s = gl.allocate_shared_memory(dtype, [STAGES, 1, BN, 1, D1], v1.layout)
-    q_full = barriers(BUFFERS, 1)
+    q_full = barriers(GROUPS, 1)
     full = barriers(STAGES, 1)
     empty = barriers(STAGES, GROUPS)
     fence_async_shared()
@@ -218,7 +217,7 @@ def query_kernel(
     shift_ptr += row * num_rows
     tiles = (q0_s, q1_s, out0_s, out1_s, dout0_s, dout1_s, k0_s, k1_s, v0_s, v1_s)
     pointers = (bounds_ptr, start_ptr, stop_ptr, lse_ptr, dlse_ptr, log_sum_ptr, shift_ptr)
-    place = (batch, block, num_blocks, head, num_tokens, num_rows, scale)
+    place = (batch, block, num_tiles, head, num_tokens, num_rows, scale)
     if GROUPS == 1:
         gl.warp_specialize(
             [
@@ -234,7 +233,7 @@ def query_kernel(
                     (
                         q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
                         tiles, q_full, full, empty, bounds_ptr,
-                        batch, block, num_blocks, head, group, num_tokens,
+                        batch, block, num_tiles, head, group, num_tokens,
                         CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                     ),
                 ),
@@ -264,7 +263,7 @@ def query_kernel(
                     (
                         q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
                         tiles, q_full, full, empty, bounds_ptr,
-                        batch, block, num_blocks, head, group, num_tokens,
+                        batch, block, num_tiles, head, group, num_tokens,
                         CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                     ),
                 ),
@@ -301,7 +300,7 @@ def query_kernel(
                     (
                         q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
                         tiles, q_full, full, empty, bounds_ptr,
-                        batch, block, num_blocks, head, group, num_tokens,
+                        batch, block, num_tiles, head, group, num_tokens,
                         CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                     ),
                 ),

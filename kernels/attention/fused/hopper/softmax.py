@@ -6,7 +6,8 @@ Axes: M = 64 query rows of a warpgroup, N keys of a tile.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.attention.fused.hopper.pieces import HIDDEN, lane_sums, of_lanes, visible
+from kernels.attention.fused.blocks import HIDDEN
+from kernels.attention.fused.hopper.pieces import lane_sums, of_lanes, visible
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ from kernels.attention.fused.hopper.pieces import ROWS
 
 @gluon.jit
 def tiles_of_block(
-    bounds_ptr, batch, block, num_blocks, num_tokens,
+    bounds_ptr, batch, block, num_tiles, num_tokens,
     CAUSAL: gl.constexpr, PINNED: gl.constexpr, GROUPS: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Key tiles that GROUPS tiles of 64 queries visit together: (low, high, extra).
@@ -25,8 +25,8 @@ def tiles_of_block(
     else:
         low_key, high_key, any_row = num_tokens, 0, 0
         for w in gl.static_range(GROUPS):
-            tile = gl.minimum(block * GROUPS + w, num_blocks - 1)
-            bounds = bounds_ptr + (batch * num_blocks + tile) * 8
+            tile = gl.minimum(block * GROUPS + w, num_tiles - 1)
+            bounds = bounds_ptr + (batch * num_tiles + tile) * 8
             low_key = gl.minimum(low_key, gl.load(bounds))
             high_key = gl.maximum(high_key, gl.load(bounds + 1))
             any_row = gl.maximum(any_row, gl.load(bounds + 4))
@@ -45,7 +45,7 @@ def tile_of_step(step, low, high):
 
 @gluon.jit
 def own_steps(
-    bounds_ptr, batch, tile, num_blocks, num_tokens, low, high, count,
+    bounds_ptr, batch, tile, num_tiles, num_tokens, low, high, count,
     CAUSAL: gl.constexpr, PINNED: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Steps that 64 queries need: (begin, end, full_low, full_high).
@@ -59,7 +59,7 @@ def own_steps(
         end = count
         full_low, full_high = 0, (row0 + 1) // BN
     else:
-        bounds = bounds_ptr + (batch * num_blocks + gl.minimum(tile, num_blocks - 1)) * 8
+        bounds = bounds_ptr + (batch * num_tiles + gl.minimum(tile, num_tiles - 1)) * 8
         low_key, high_key = gl.load(bounds), gl.load(bounds + 1)
         begin = gl.where(low_key < high_key, high - gl.cdiv(high_key, BN), 0)
         end = gl.where(low_key < high_key, high - low_key // BN, 0)
