@@ -80,7 +80,9 @@ def tokenise(
     folder.mkdir(parents=True, exist_ok=True)
     write = _Writer(tokenizer, dtype, min_tokens)
     paths: list[Path] = []
-    jobs = _unfinished(_jobs(documents, folder, shard_characters or SHARD_CHARACTERS), paths, progress)
+    jobs = _unfinished(
+        _jobs(documents, folder, shard_characters or SHARD_CHARACTERS), paths, progress
+    )
     head = list(islice(jobs, 2))
     if len(head) < 2 or processes == 1:
         # One shard isn't worth a process: the library's threads do.
