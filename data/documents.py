@@ -66,6 +66,9 @@ class Documents:
 class DocumentSource(Protocol):
     """Where the documents of each epoch come from."""
 
+    repeats: bool
+    """Whether every epoch has the same documents."""
+
     def epoch(self, epoch: int) -> Documents:
         """The documents of an epoch, the same at every call and in every process."""
         ...
@@ -73,6 +76,8 @@ class DocumentSource(Protocol):
 
 class FixedDocuments:
     """A source that has the same documents in every epoch."""
+
+    repeats = True
 
     def __init__(self, documents: Documents):
         self.documents = documents

@@ -28,7 +28,7 @@ from data.interventions import Interventions
 from data.packing import PackingConfig, check_special_tokens
 from data.report import PackingReport, packing_report
 from data.rows import SpecialIds
-from data.stream import TrainingLoader, TrainingStream
+from data.stream import Seen, TrainingLoader, TrainingStream
 from data.tokenizers import TextTokenizer, TokenizerConfig
 from kernels.errors import UserError, require
 from models.batch import IGNORE_LABEL, PackedBatch, RowCursor
@@ -187,6 +187,11 @@ class TokenDataModule(LightningDataModule):
         # How a step is cut into batches changes no row.
         del order["batch_tokens"], order["micro_batch_rows"]
         return json_sha256({"data": self.sha256, "packing": order, "data_seed": self._data_seed})
+
+    def seen(self, cursor: RowCursor) -> Seen:
+        """What lies before a cursor: rows, passes, unique tokens."""
+        self.setup()
+        return self._stream.seen(cursor)
 
     def own_batches(self) -> list[PackedBatch]:
         """The first held-out rows, packed as in training."""

@@ -47,6 +47,13 @@ class Plan:
         """int64: stream tokens of each row (neither a pinned BOS nor padding)."""
         return np.add.reduceat(self.length_S, self.row_offsets_R1[:-1], dtype=np.int64)
 
+    def text_tokens_R(self, text_lengths_N: np.ndarray, *, bos: bool, eos: bool) -> np.ndarray:
+        """int64: tokens of each row that are text, where documents have a BOS or an EOS."""
+        end_S = self.offset_S.astype(np.int64) + self.length_S
+        specials_S = bos * (self.offset_S == 0).astype(np.int64)
+        specials_S += eos * (end_S == text_lengths_N[self.document_S] + bos + eos)
+        return np.add.reduceat(self.length_S - specials_S, self.row_offsets_R1[:-1])
+
     @property
     def goes_on_R(self) -> np.ndarray:
         """bool: what follows the row is the next token of the row's last document."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.documents import Documents, DocumentSource
 from data.interventions import Interventions
-from data.packing import MaskKind, PackingConfig, plan_epoch
+from data.packing import BosKind, MaskKind, PackingConfig, plan_epoch
 from data.parcel import Parcel
 from data.plan import Plan
 from data.rows import RowArrays, SpecialIds, concatenate, finish_rows, gather_rows
@@ -37,6 +37,20 @@ class EpochRows:
     documents: Documents
     plan: Plan
     labels_R: np.ndarray
+
+
+class Seen(NamedTuple):
+    """What a run has seen of its training text up to a cursor.
+
+    passes: epochs gone through, the last one in part, by rows. unique_tokens: text tokens (no BOS,
+    no EOS) in the rows of the first epoch, as far as they were seen; of every epoch, where each has
+    other documents. What a later epoch shows of text that the first cropped isn't counted.
+    """
+
+    epoch: int
+    rows: int
+    passes: float
+    unique_tokens: int
 
 
 class RowRequest(NamedTuple):
@@ -65,6 +79,7 @@ class TrainingStream:
         self._specials = specials
         self._data_seed = data_seed
         self._epochs: dict[int, EpochRows] = {}
+        self._text_tokens: dict[int, np.ndarray] = {}
 
     def epoch(self, epoch: int) -> EpochRows:
         """Documents and plan of an epoch."""
@@ -96,6 +111,33 @@ class TrainingStream:
         after = RowCursor(epoch, row, cursor.rows + num_rows)
         # No label at all is a loss of 0 / 1, not 0 / 0.
         return RowRequest(np.concatenate(epochs), np.concatenate(rows), max(1, num_labels), after)
+
+    def seen(self, cursor: RowCursor) -> Seen:
+        """What lies before a cursor."""
+        passes = float(cursor.epoch)
+        if cursor.row:
+            passes += cursor.row / len(self.epoch(cursor.epoch).labels_R)
+        epochs = range(1 if self._source.repeats else cursor.epoch + (cursor.row > 0))
+        unique_tokens = 0
+        for epoch in epochs:
+            tokens_R1 = self._text_tokens_R1(epoch)
+            row = cursor.row if epoch == cursor.epoch else len(tokens_R1) - 1
+            unique_tokens += int(tokens_R1[row])
+        return Seen(cursor.epoch, cursor.rows, passes, unique_tokens)
+
+    def _text_tokens_R1(self, epoch: int) -> np.ndarray:
+        """Text tokens in the first 0, 1, ... rows of an epoch."""
+        if epoch not in self._text_tokens:
+            rows = self.epoch(epoch)
+            text_R = rows.plan.text_tokens_R(
+                rows.documents.lengths_N,
+                bos=self.config.bos is BosKind.document,
+                eos=self.config.eos,
+            )
+            # Of epochs that are over, only the total is asked for.
+            self._text_tokens = {e: sums[-1:] for e, sums in self._text_tokens.items()}
+            self._text_tokens[epoch] = np.append(0, text_R.cumsum())
+        return self._text_tokens[epoch]
 
     def batch(self, request: RowRequest) -> PackedBatch:
         """The rows of a request."""

@@ -135,7 +135,7 @@ def _callbacks(
     if tracking.statistics is not StatisticsLevel.off:
         sink_monitor = SinkMonitor(tracking, folder.sinks, config.model.num_layers)
     validation = Validation(tracking, data, max_steps)
-    rows = RowWriter(tracking)
+    rows = RowWriter(tracking, data)
     callbacks = [
         RandomState(),
         ThroughputMonitor(tracking, config.packing.context),

@@ -117,6 +117,8 @@ class BigramBackcopyCorpus:
 class GeneratedDocuments:
     """A source whose epochs are drawn from (seed, stream, epoch): nothing is kept."""
 
+    repeats = False
+
     def __init__(
         self,
         process: BackcopyProcess,

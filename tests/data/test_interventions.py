@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.corpora import open_corpus
+from data.corpora import BigramBackcopyConfig, open_corpus
+from data.module import TokenDataModule
 from data.packing import Packer, PackingConfig
 from data.tokenizers import BpeConfig
 from models.batch import IGNORE_LABEL, PackedBatch, RowCursor
@@ -130,3 +131,36 @@ def test_fewer_unique_tokens_are_part_of_more_and_come_again(files_config, cache
     counts = [torch.bincount(tokens_BT.ravel()) for tokens_BT in epochs]
     assert torch.equal(counts[0], counts[1]) and torch.equal(counts[0], counts[2])
     assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize("packer", Packer)
+@pytest.mark.parametrize("bos", ["document", "pinned"])
+def test_what_was_seen_is_counted(make_module, packer, bos):
+    """Against a count of the text tokens in the rows themselves."""
+    module = make_module(PackingConfig(packer=packer, bos=bos, **ROWS))
+    assert module.seen(RowCursor()) == (0, 0, 0.0, 0)
+    specials = torch.tensor([module.tokenizer.bos_id, module.tokenizer.eos_id])
+    rows = module._stream.epoch(0).plan.num_rows
+    cursor, text_tokens = RowCursor(), 0
+    while cursor.epoch < 2:
+        request = module._stream.advance(cursor, min(7, rows - cursor.row))
+        batch = module._stream.batch(request)
+        if cursor.epoch == 0:
+            is_text_BT = (batch.document_BT >= 0) & ~torch.isin(batch.tokens_BT, specials)
+            text_tokens += int(is_text_BT.sum())
+        cursor = request.cursor
+        assert module.seen(cursor).unique_tokens == text_tokens
+        assert module.seen(cursor).passes == pytest.approx(cursor.rows / rows)
+    assert module.seen(cursor) == (2, 2 * rows, 2.0, text_tokens)
+    if packer is Packer.chunk:
+        assert text_tokens == len(module.corpus.store.train.tokens)
+
+
+def test_fresh_documents_are_all_unique(cache_dir):
+    corpus = BigramBackcopyConfig(documents=20, document_tokens=16, validation_documents=4)
+    module = TokenDataModule(
+        corpus, BpeConfig(vocab_size=300), PackingConfig(eos=False, **ROWS), cache_dir=cache_dir
+    )
+    assert module.seen(RowCursor(0, 5, 5)).unique_tokens == 80
+    assert module.seen(RowCursor(2, 5, 45)).unique_tokens == 720
+    assert module.seen(RowCursor(3, 0, 60)).unique_tokens == 960

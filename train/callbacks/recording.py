@@ -122,10 +122,13 @@ class Validation(L.Callback):
 
 
 class RowWriter(L.Callback):
-    """Adds the training loss every ``tracking.log_every`` steps and at the end; sends rows off."""
+    """Adds loss, learning rate and what was seen of the data every ``tracking.log_every`` steps and
+    at the end; sends rows off.
+    """
 
-    def __init__(self, config: TrackingConfig):
+    def __init__(self, config: TrackingConfig, data: TokenDataModule):
         self.config = config
+        self.data = data
         self.latest: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
@@ -146,11 +149,8 @@ class RowWriter(L.Callback):
             # The sums go on after an odd last step, for a run that is resumed to be longer.
             pl_module.record(pl_module.losses(restart=due))
             pl_module.record(
-                {
-                    "train/lr": pl_module.lr,
-                    "data/epoch": batch.cursor.epoch,
-                    "data/rows": batch.cursor.rows,
-                }
+                {"train/lr": pl_module.lr}
+                | {f"data/{name}": x for name, x in self.data.seen(batch.cursor)._asdict().items()}
             )
         self.write(trainer, pl_module)
 
