@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,27 +92,31 @@ class IntervalMask:
         """
         require(document_BT.ndim == 2, "mask.document", "must be [B, T]", tuple(document_BT.shape))
         require(not document_BT.is_floating_point(), "mask.document", "must be integers", "floats")
-        document_BT = document_BT.to(torch.int32)
-        _check_documents(document_BT, pinned)
+        # NumPy takes half of PyTorch's time for arrays of this size.
+        number_BT = document_BT.to(torch.int32).numpy()
+        _check_documents(number_BT, pinned)
 
-        position_T = _positions_T(document_BT)
-        is_text_BT = document_BT >= 0
-        begins_BT = torch.ones_like(is_text_BT)
-        torch.ne(document_BT[:, 1:], document_BT[:, :-1], out=begins_BT[:, 1:])
-        first_BT = (position_T * begins_BT).cummax(dim=1).values
-        stop_BT = torch.where(is_text_BT, position_T + 1, 0)
-        document_start_BT = torch.where(is_text_BT, first_BT, -1)
-        start_BT = (
-            torch.zeros_like(stop_BT) if causal_across else torch.where(is_text_BT, first_BT, 0)
-        )
-        is_causal = bool(is_text_BT.all()) and not bool(start_BT.any())
+        begins_BT = np.ones(number_BT.shape, bool)
+        np.not_equal(number_BT[:, 1:], number_BT[:, :-1], out=begins_BT[:, 1:])
+        # Runs of equal ids lie end to end: what is constant in a run is its value, repeated.
+        begin_D = np.flatnonzero(begins_BT)
+        length_D = np.diff(begin_D, append=begins_BT.size)
+        row_D, first_D = np.divmod(begin_D, number_BT.shape[1])
+        is_text_D = number_BT[row_D, first_D] >= 0
+
+        def repeated_BT(value_D: np.ndarray) -> Tensor:
+            value_M = np.repeat(value_D.astype(np.int32), length_D)
+            return torch.from_numpy(value_M.reshape(number_BT.shape))
+
+        start_D = np.where(is_text_D & (not causal_across), first_D, 0)
+        document_start_D = np.where(is_text_D, first_D, -1)
         return cls(
-            start_BT=start_BT,
-            stop_BT=stop_BT,
-            document_start_BT=document_start_BT,
+            start_BT=repeated_BT(start_D),
+            stop_BT=repeated_BT(is_text_D).mul_(_positions_T(document_BT) + 1),
+            document_start_BT=repeated_BT(document_start_D),
             pinned=pinned,
-            is_causal=is_causal,
-            one_document=not bool((document_start_BT > 0).any()),
+            is_causal=bool(is_text_D.all() and not start_D.any()),
+            one_document=not (document_start_D > 0).any(),
         )
 
     @property
@@ -216,7 +221,8 @@ class IntervalMask:
                 tuple(value.shape),
             )
         require(self.pinned in (0, 1), "mask.pinned", "must be 0 or 1", self.pinned)
-        position_T = _positions_T(start_BT)
+        start_BT, stop_BT, first_BT = start_BT.numpy(), stop_BT.numpy(), first_BT.numpy()
+        position_T = np.arange(self.num_tokens, dtype=np.int32)
         _require_all(start_BT >= 0, "mask.start", "must be >= 0", start_BT)
         _require_all(start_BT <= stop_BT, "mask.start", "must be <= stop", start_BT)
         _require_all(
@@ -323,7 +329,7 @@ def _positions_T(like_BT: Tensor) -> Tensor:
     return torch.arange(like_BT.shape[1], dtype=torch.int32, device=like_BT.device)
 
 
-def _check_documents(document_BT: Tensor, pinned: int) -> None:
+def _check_documents(document_BT: np.ndarray, pinned: int) -> None:
     setting = "mask.document"
     _require_all(document_BT >= -1, setting, "must be >= -1", document_BT)
     later_BT, earlier_BT = document_BT[:, 1:], document_BT[:, :-1]
@@ -341,10 +347,10 @@ def _check_documents(document_BT: Tensor, pinned: int) -> None:
         )
 
 
-def _require_all(holds_BT: Tensor, setting: str, rule: str, value_BT: Tensor) -> None:
+def _require_all(holds_BT: np.ndarray, setting: str, rule: str, value_BT: np.ndarray) -> None:
     """Raise for the first row of ``value_BT`` with a False in ``holds_BT``."""
     if not holds_BT.all():
-        row = int((~holds_BT).nonzero()[0, 0])
+        row = int((~holds_BT).nonzero()[0][0])
         values = value_BT[row].tolist()
         shown = values if len(values) <= 16 else f"{values[:16]}..."
         raise UserError(f"{setting} {rule}, got {shown} in row {row}")
