@@ -55,56 +55,98 @@ def gather_rows(
     documents: Documents, rows: Plan, config: PackingConfig, specials: SpecialIds
 ) -> RowArrays:
     """All rows of a plan over ``documents`` (``Plan.take`` makes one of the rows wanted)."""
-    num_rows, context = rows.num_rows, config.context
-    count_B = rows.segments_R
-    first_B = rows.row_offsets_R1[:-1]
-    row_S = np.repeat(np.arange(num_rows), count_B)
-    length_S = rows.length_S.astype(np.int64)
-    begin_S = length_S.cumsum() - length_S
-    column_S = begin_S - np.repeat(begin_S[first_B] - config.pinned, count_B)
-    number_S = np.arange(1, len(row_S) + 1) - np.repeat(first_B, count_B)
-
-    # What follows a row is one more segment: one token in the last column. Only full rows have it.
+    cells = _Cells(rows, config)
     next_B = np.flatnonzero(rows.next_document_R >= 0)
-    row_S = np.append(row_S, next_B)
-    column_S = np.append(column_S, np.full(len(next_B), context))
-    number_S = np.append(number_S, count_B[next_B] + ~rows.goes_on_R[next_B])
-    length_S = np.append(length_S, np.ones(len(next_B), np.int64))
-    document_S = np.append(rows.document_S, rows.next_document_R[next_B])
-    offset_S = np.append(rows.offset_S, rows.next_offset_R[next_B]).astype(np.int64)
 
-    start_S = row_S * (context + 1) + column_S
-    cell_M = ranges(start_S, length_S)
-    document_BW = np.full((num_rows, context + 1), -1, np.int32)
-    document_BW.ravel()[cell_M] = np.repeat(number_S.astype(np.int32), length_S)
-    begins_BW = np.zeros((num_rows, context + 1), bool)
-    begins_BW.ravel()[cell_M] = np.repeat(offset_S == 0, length_S)
+    number_S = np.arange(1, len(rows.length_S) + 1) - np.repeat(cells.first_B, rows.segments_R)
+    document_BW = cells.spread(number_S.astype(np.int32), padding=-1)
+    document_BW[next_B, -1] = rows.segments_R[next_B] + ~rows.goes_on_R[next_B]
+    begins_BW = cells.spread(rows.offset_S == 0, padding=0)
 
-    tokens_BW = np.full((num_rows, context + 1), specials.pad, np.int64)
-    text_start_S = documents.starts_N[document_S]
-    has_bos = int(config.bos is BosKind.document)
-    # A BOS is token 0 of its document, so the text begins one later; where BOS and EOS stand, a
-    # neighbouring text token is read and overwritten.
-    text_M = ranges(text_start_S + offset_S - has_bos, length_S)
-    tokens_BW.ravel()[cell_M] = documents.tokens.take(text_M, mode="clip")
-    if has_bos:
-        tokens_BW.ravel()[start_S[offset_S == 0]] = specials.bos
-    if config.eos:
-        specials_per_document = config.specials_per_document
-        end_S = documents.lengths_N[document_S] + specials_per_document
-        ends_S = offset_S + length_S == end_S
-        tokens_BW.ravel()[(start_S + length_S - 1)[ends_S]] = specials.eos
+    tokens = _Tokens(documents, config, specials)
+    places_BW = cells.spread(tokens.places(rows.document_S, rows.offset_S) - cells.start_S)
+    places_BW += cells.index_BW
+    tokens_BW = tokens.text(places_BW)
+    # A BOS or EOS is an end of its document, so of its segment.
+    last_S = rows.length_S - 1
+    tokens_BW.ravel()[cells.start_S] = tokens(rows.document_S, rows.offset_S)
+    tokens_BW.ravel()[cells.start_S + last_S] = tokens(rows.document_S, rows.offset_S + last_S)
+    tokens_BW.ravel()[cells.padding_M] = specials.pad
+    tokens_BW[next_B, -1] = tokens(rows.next_document_R[next_B], rows.next_offset_R[next_B])
+
     if config.pinned:
         tokens_BW[:, 0] = specials.bos
         document_BW[:, 0] = 0
-
+        begins_BW[:, 0] = False
     if config.positions is PositionKind.row:
-        positions_BT = np.tile(np.arange(context), (num_rows, 1))
+        positions_BT = np.tile(np.arange(config.context), (rows.num_rows, 1))
     else:
-        positions_BW = np.zeros((num_rows, context + 1), np.int64)
-        positions_BW.ravel()[cell_M] = ranges(np.full_like(length_S, config.pinned), length_S)
+        positions_BW = cells.index_BW - cells.spread(cells.start_S - config.pinned)
+        positions_BW.ravel()[cells.padding_M] = 0
+        positions_BW[:, : config.pinned] = 0
         positions_BT = positions_BW[:, :-1]
     return RowArrays(tokens_BW, document_BW, begins_BW[:, :-1], positions_BT)
+
+
+class _Cells:
+    """Where segments lie in [B, W] cells.
+
+    If a row's first segment began with the row and its last one ended with it, the segments' cells
+    would be all cells in their order: an array over cells is one over segments, repeated, which is
+    far cheaper than indexing each cell. Padding, a pinned BOS and what follows a row (one more
+    token, in the last column) are written over that.
+
+    first_B: the first segment of each row; start_S: the first cell of each segment.
+    padding_M: cells after the tokens of a row, the last column included; index_BW: all cells.
+    """
+
+    def __init__(self, rows: Plan, config: PackingConfig):
+        width = config.context + 1
+        self.shape = (rows.num_rows, width)
+        self.index_BW = np.arange(rows.num_rows * width).reshape(self.shape)
+        self.first_B = rows.row_offsets_R1[:-1]
+        used_B = config.pinned + rows.tokens_R
+        self.padding_M = ranges(self.index_BW[:, 0] + used_B, width - used_B)
+        self._cells_S = rows.length_S.astype(np.int64)
+        self._cells_S[self.first_B] += config.pinned
+        self._cells_S[rows.row_offsets_R1[1:] - 1] += width - used_B
+        self.start_S = self._cells_S.cumsum() - self._cells_S
+        self.start_S[self.first_B] += config.pinned
+
+    def spread(self, value_S: np.ndarray, padding: int | None = None) -> np.ndarray:
+        """[B, W]: the value of the segment in each cell, ``padding`` after the tokens of a row."""
+        value_BW = np.repeat(value_S, self._cells_S).reshape(self.shape)
+        if padding is not None:
+            value_BW.ravel()[self.padding_M] = padding
+        return value_BW
+
+
+class _Tokens:
+    """Tokens of documents, BOS and EOS counted."""
+
+    def __init__(self, documents: Documents, config: PackingConfig, specials: SpecialIds):
+        self._documents = documents
+        self._specials = specials
+        self._has_bos = int(config.bos is BosKind.document)
+        self._has_eos = config.eos
+
+    def __call__(self, document_S: np.ndarray, offset_S: np.ndarray) -> np.ndarray:
+        """int64: token ``offset_S`` of each document."""
+        tokens_S = self.text(self.places(document_S, offset_S))
+        if self._has_bos:
+            tokens_S[offset_S == 0] = self._specials.bos
+        if self._has_eos:
+            end_S = self._documents.lengths_N[document_S] + self._has_bos
+            tokens_S[offset_S == end_S] = self._specials.eos
+        return tokens_S
+
+    def places(self, document_S: np.ndarray, offset_S: np.ndarray) -> np.ndarray:
+        """int64: where in the text a document's token is; where a neighbour is for BOS and EOS."""
+        return self._documents.starts_N[document_S] + offset_S - self._has_bos
+
+    def text(self, place: np.ndarray) -> np.ndarray:
+        """int64: tokens of the text; any will do for a place beyond its ends."""
+        return self._documents.tokens.take(place, mode="clip").astype(np.int64)
 
 
 def concatenate(parts: list[RowArrays]) -> RowArrays:
