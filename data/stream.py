@@ -23,11 +23,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from data.documents import Documents, DocumentSource
 from data.interventions import Interventions
 from data.packing import BosKind, MaskKind, PackingConfig, plan_epoch
-from data.parcel import Parcel
+from data.parcel import Parcel, ParcelReceiver, ParcelSender
 from data.plan import Plan
 from data.rows import RowArrays, SpecialIds, concatenate, finish_rows, gather_rows
 from kernels.errors import UserError
 from models.batch import PackedBatch, RowCursor
+
+PREFETCH = 2
+"""Batches that each worker is asked for ahead of those handed on."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,14 @@ class TrainingRows(Dataset):
 
     def __init__(self, stream: TrainingStream):
         self._stream = stream
+        # A loader asks for a new batch just before it hands one on, which is opened only then: of
+        # each worker's batches, that one may wait besides those made ahead.
+        self._sender = ParcelSender(PREFETCH + 1)
 
     def __getitem__(self, request: RowRequest) -> PackedBatch | Parcel:
         batch = self._stream.batch(request)
-        return batch if get_worker_info() is None else Parcel(batch)
+        worker = get_worker_info()
+        return batch if worker is None else self._sender.send(batch, worker.id)
 
 
 class GlobalBatches(Sampler):
@@ -211,21 +218,23 @@ class TrainingLoader(DataLoader):
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=cuda_is_available(),
+            prefetch_factor=PREFETCH if num_workers else None,
+            # What workers make is pinned as it is opened.
+            pin_memory=cuda_is_available() and not num_workers,
             # A loader draws a seed for its workers; from the global generator, that would make the
             # run depend on how often loaders start.
             generator=Generator(),
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
+        receiver = ParcelReceiver(pin_memory=cuda_is_available())
         try:
             with warnings.catch_warnings():
                 # Python 3.12 warns of any fork beside threads; the workers only index arrays.
                 warnings.filterwarnings("ignore", "(?s).*use of fork", DeprecationWarning)
                 batches = super().__iter__()
             for batch in batches:
-                yield batch.open() if isinstance(batch, Parcel) else batch
+                yield receiver.open(batch) if isinstance(batch, Parcel) else batch
         except OSError as error:
             raise UserError(f"training rows must be readable, got {_last_line(error)}") from error
         except RuntimeError as error:
