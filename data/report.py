@@ -43,13 +43,20 @@ class PackingReport:
         """Share of the rows' positions that are padding."""
         return self.tokens_padded / self.positions
 
+    @property
+    def shares(self) -> str:
+        """The three shares as text."""
+        return (
+            f"documents cut {self.share_cut:.2%}, text cropped {self.share_cropped:.2%}, "
+            f"padding {self.share_padded:.2%}"
+        )
+
     def describe(self) -> list[str]:
         """The figures as lines of text."""
         return [
             f"packing: {self.documents:,} documents in {self.rows:,} rows; a query sees "
             f"{self.mean_keys:.1f} keys on average",
-            f"  documents cut {self.share_cut:.2%}, text cropped {self.share_cropped:.2%}, "
-            f"padding {self.share_padded:.2%}",
+            f"  {self.shares}",
         ]
 
 

@@ -4,18 +4,22 @@
 
 Takes the settings of ``python -m train``; those of ``corpus`` and ``tokenizer`` and ``cache_dir``
 matter. Interrupted, the same command goes on where it stopped: what is tokenised stays, though the
-source is read from its beginning. A finished store is checked against its checksums.
+source is read from its beginning. A finished store is checked against its checksums. Then it tells
+what each packer would do to the documents in rows of ``packing.context``.
 """
 
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from data.corpora import open_corpus
+from data.packing import Packer, plan_epoch
+from data.report import packing_report
 from kernels.errors import UserError, require
 from train.__main__ import tell
 from train.config import compose
@@ -41,6 +45,13 @@ def main(arguments: list[str]) -> None:
     for line in corpus.store.describe():
         print(line)
     print(f"data sha256 {corpus.sha256}; ready and checked after {seconds:.1f} s")
+    documents = corpus.train.epoch(0)
+    print(f"in rows of {config.packing.context} tokens:")
+    for packer in Packer:
+        packing = replace(config.packing, packer=packer)
+        plan = plan_epoch(documents.lengths_N, packing, config.data_seed, 0)
+        report = packing_report(plan, documents.lengths_N, packing)
+        print(f"  {packer:8} {report.shares}")
 
 
 def command(arguments: list[str]) -> int:

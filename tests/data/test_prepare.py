@@ -32,6 +32,7 @@ def test_it_makes_what_training_looks_for(settings, tmp_path, capsys, monkeypatc
     assert prepare.command(["--processes", "1", *settings]) == 0
     told = capsys.readouterr().out
     (path,) = (path for path in (tmp_path / "stores").iterdir() if path.is_dir())
+    assert "in rows of 256 tokens:" in told and "best_fit documents cut " in told
     assert f"token store {path}" in told and f"data sha256 {read_store(path).sha256}" in told
 
     def build(*_, **__):
