@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from data.corpora import CORPORA
+from data.corpora.files import FilesCorpus
 from train.config import compose
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,15 @@ def yaml_choices(group: str) -> list[str]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_trains_under_debug(train, name):
     assert train(f"experiment={name}", "trainer.max_steps=2") == 0
+
+
+@pytest.mark.parametrize("name", yaml_choices("corpus"))
+def test_every_corpus_preset_is_one_that_can_be_opened(name):
+    config, _ = compose([f"corpus={name}"])
+    assert type(config.corpus) in {kind.Config for kind in CORPORA.values()}
+    if name == "python_sources":
+        names = {name for name, *_ in FilesCorpus(config.corpus, ROOT).source["packages"]}
+        assert names == set(config.corpus.packages)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -58,7 +69,6 @@ def test_gu60m_is_what_the_papers_code_does():
 
 
 def test_the_readme_names_every_choice():
-    from data.corpora import CORPORA
     from data.tokenizers import TOKENIZERS
     from models.attention import ATTENTIONS
     from train.optimizers import OPTIMIZERS
