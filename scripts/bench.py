@@ -20,11 +20,11 @@ import torch
 
 from data.module import TokenDataModule
 from kernels.attention import StatisticsLevel
-from kernels.errors import UserError
 from models.batch import PackedBatch
 from models.decoder import Decoder
 from train.config import RunConfig, compose
 from train.metrics import SinkTotals
+from train.mistakes import exit_code
 from train.module import summed_cross_entropy
 from train.optimizers import build_optimizer
 
@@ -110,8 +110,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from data.module import TokenDataModule
 from data.packing import Packer
-from kernels.errors import UserError
 from models.batch import PackedBatch
 from train.config import RunConfig, compose
+from train.mistakes import exit_code
 
 DEFAULTS = ["packing=document_pinned_bos", "packing.context=2048", "packing.batch_tokens=65536"]
 PACKERS = [Packer.chunk, Packer.best_fit]
@@ -91,8 +91,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -22,8 +22,9 @@ import tokenizers
 from data.corpora import CORPORA
 from data.shards import available_cores
 from data.tokenizers import build_tokenizer
-from kernels.errors import UserError, require
+from kernels.errors import require
 from train.config import compose
+from train.mistakes import exit_code
 
 BATCH = 1000
 """Documents given to the library at once."""
@@ -81,8 +82,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, sys.argv[1:]))

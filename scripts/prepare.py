@@ -14,15 +14,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from data.corpora import open_corpus
 from data.packing import Packer, plan_epoch
 from data.report import packing_report
-from kernels.errors import UserError, require
-from train.__main__ import tell
+from kernels.errors import require
 from train.config import compose
+from train.mistakes import exit_code
 
 
 def main(arguments: list[str]) -> None:
@@ -56,15 +53,9 @@ def main(arguments: list[str]) -> None:
 
 def command(arguments: list[str]) -> int:
     """Run it with these arguments; returns the exit code."""
-    try:
-        main(arguments)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        tell(error)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(
+        main, arguments, interrupted="interrupted: the same command goes on where it stopped"
+    )
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 from train.config import RunConfig, plain, register_configs
+from train.mistakes import tell
 
 register_configs()
-
-NOISE = ("object_type=", "reference_", "Config search path:", "provider=", "See https://", "^")
-"""Beginnings of lines of Hydra's messages that help nobody who mistyped a setting."""
 
 _failed_jobs: list[Exception] = []
 
@@ -50,20 +48,6 @@ def main(settings: DictConfig) -> None:
         # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
         tell(error)
         _failed_jobs.append(error)
-
-
-def tell(error: Exception) -> None:
-    """Print an error about settings as one line that names the setting and what is wrong."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        text = f"override {error.override!r} can't be parsed: {error.message}"
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException | UserError):
-        text = f"{text} {cause}"
-    lines = [line.strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(NOISE)]
-    line = "; ".join(dict.fromkeys(kept)).replace(":; ", ": ")
-    print("error:", line, file=sys.stderr)
 
 
 def _interrupted() -> int:
