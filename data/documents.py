@@ -20,10 +20,9 @@ class Split(StrEnum):
 
 
 class TextDocument(NamedTuple):
-    """A document's text, its side of the split, and a key of the source entry it was cut from."""
+    """A document's text and its side of the split."""
 
     split: Split
-    entry: str
     text: str
 
 

@@ -151,7 +151,7 @@ def probe_batch(
         pieces = pieces._replace(length_P=pieces.length_P - 1)
     if bos is not BosKind.none and specials.bos is None:
         raise UserError("tokenizer.bos must be set for a probe with BOS, got None")
-    config = replace(config, context=num_tokens, batch_tokens=num_tokens)
+    config = replace(config.without_interventions(), context=num_tokens, batch_tokens=num_tokens)
     num_labels = len(pieces.length_P) * (num_tokens - 2)
     batch = _text_rows(documents, _plan_of_pieces(pieces), config, specials, bos, num_labels)
     # The last text token of ``text`` is not there to be predicted in ``bos_text``.
@@ -171,7 +171,7 @@ def _text_rows(
     has_bos = bos is not BosKind.none
     # A document that begins with its BOS and one after a pinned BOS are the same input.
     layout = replace(
-        config,
+        config.without_interventions(),
         packer=Packer.single,
         mask=MaskKind.causal,
         bos=BosKind.pinned if has_bos else BosKind.none,

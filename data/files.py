@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+log = logging.getLogger(__name__)
 
 
 def json_sha256(value: object) -> str:
@@ -29,7 +32,11 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold a lock that other processes of this machine wait for; a dead holder releases it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("waiting for the process that holds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -48,11 +48,9 @@ class Interventions:
                 "must be one token of the tokenizer",
                 config.fixed_token,
             )
-        specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        text_ids = np.setdiff1d(
-            np.arange(tokenizer.vocab_size), [i for i in specials if i is not None]
+        return cls(
+            data_seed, config.fixed_position, fixed_id, config.random_positions, tokenizer.text_ids
         )
-        return cls(data_seed, config.fixed_position, fixed_id, config.random_positions, text_ids)
 
     def write(self, rows: RowArrays, epoch: int, row_B: np.ndarray) -> None:
         """Write into gathered rows ``row_B`` of an epoch, in place."""

@@ -277,7 +277,7 @@ class TokenDataModule(LightningDataModule):
     def describe(self) -> list[str]:
         """Lines of text about the data and its packing."""
         lines = [
-            *self.corpus.store.describe(),
+            *self.corpus.describe(),
             f"vocabulary {self.vocab_size:,}; unigram entropy {self.unigram_entropy:.3f} nats",
         ]
         if self.trigger_ids is not None:

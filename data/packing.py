@@ -11,8 +11,10 @@ Its result is a ``Plan``: flat arrays of segments, made without reading tokens (
 ``data.rows`` turns any of its rows into tensors.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -143,6 +145,10 @@ class PackingConfig:
             f"must be in the row of {self.context}{after}",
             position,
         )
+
+    def without_interventions(self) -> PackingConfig:
+        """The same packing with nothing written into its rows."""
+        return replace(self, fixed_position=None, fixed_token=None, random_positions=[])
 
     @property
     def batch_rows(self) -> int:

@@ -8,13 +8,13 @@ often it was interrupted.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import multiprocessing
 import os
 import signal
 import warnings
-import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,6 +33,9 @@ from kernels.errors import UserError
 
 SHARD_CHARACTERS = 1 << 22
 """Text of a shard: a few seconds' work, so little is lost to an interruption."""
+
+
+_SET_PARENT_DEATH_SIGNAL = 1
 
 
 class ShardPart(NamedTuple):
@@ -56,8 +59,13 @@ class _Job(NamedTuple):
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use, a container's share of them counted."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
 
 
 def tokenise(
@@ -73,9 +81,10 @@ def tokenise(
 ) -> list[Path]:
     """The shards of ``documents`` in ``folder``, in their order; those that are there are kept.
 
-    processes: workers; None is one a core. shard_characters: None is ``SHARD_CHARACTERS``. Memory
-    holds a few shards' text for each worker, whatever the size of the corpus. Raises ``UserError``
-    if a worker dies.
+    processes: workers; None is one a core, 1 is this process with the library's threads.
+    shard_characters: None is ``SHARD_CHARACTERS``. Memory holds a few shards' text for each worker,
+    whatever the size of the corpus, and a document is in one shard, whatever its own. Raises
+    ``UserError`` if a worker dies.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write = _Writer(tokenizer, dtype, min_tokens)
@@ -96,7 +105,7 @@ def tokenise(
 
 def read_shard(path: Path) -> dict[Split, ShardPart]:
     """Both sides of the split of a finished shard."""
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
         return {
             split: ShardPart(
                 arrays[f"{split}.tokens"],
@@ -139,12 +148,12 @@ def _unfinished(jobs: Iterable[_Job], paths: list[Path], progress: Progress) -> 
 
 def _is_there(job: _Job) -> bool:
     try:
-        with np.load(job.path, allow_pickle=False) as arrays:
-            # Reading every array checks its sum.
-            return arrays["digest"].tobytes() == job.digest and all(
-                arrays[name] is not None for name in arrays.files
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # Reading every array checks its sum.
+        read_shard(job.path)
+        with np.load(io.BytesIO(job.path.read_bytes()), allow_pickle=False) as arrays:
+            return arrays["digest"].tobytes() == job.digest
+    except Exception:
+        # Whatever is wrong with a file (a damaged zip raises a dozen kinds), it is made anew.
         return False
 
 
@@ -181,9 +190,13 @@ class _Writer:
 _write_in_worker: _Writer
 
 
-def _start_worker(write: _Writer) -> None:
+def _start_worker(write: _Writer, parent: int) -> None:
     global _write_in_worker
     _write_in_worker = write
+    # A worker holds its parent's lock on the store: it must not outlive a parent that is killed.
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
     # The library's threads don't survive a fork, and each worker has one core anyway.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Ctrl-C reaches the whole group; the parent tells the workers to stop.
@@ -201,7 +214,7 @@ def _in_processes(write: _Writer, jobs: Iterable[_Job], processes: int, progress
         # Forked workers have the tokenizer as it is, and import nothing.
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start_worker,
-        initargs=(write,),
+        initargs=(write, os.getpid()),
     )
     running: deque[Future[int]] = deque()
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -115,7 +116,10 @@ def open_store(
     }
     path = cache_dir / "stores" / json_sha256(key)[:20]
     with exclusive_lock(path.with_suffix(".lock")):
-        if not path.exists():
+        if path.exists():
+            # What a build left that was killed in its last moment.
+            shutil.rmtree(path.with_suffix(".partial"), ignore_errors=True)
+        else:
             log.info("Tokenising the corpus: %s", path)
             build_store(
                 path,

@@ -82,19 +82,23 @@ class TrainingStream:
         self._specials = specials
         self._data_seed = data_seed
         self._epochs: dict[int, EpochRows] = {}
-        self._text_tokens: dict[int, np.ndarray] = {}
+        self._epoch_text_tokens: dict[int, int] = {}
+        self._text_tokens_R1 = -1, np.zeros(1, np.int64)
 
     def epoch(self, epoch: int) -> EpochRows:
         """Documents and plan of an epoch."""
         if epoch not in self._epochs:
-            documents = self._source.epoch(epoch)
-            plan = plan_epoch(documents.lengths_N, self.config, self._data_seed, epoch)
-            causal = self.config.mask is MaskKind.causal
-            labels_R = plan.labels_R(causal=causal, pinned=self.config.pinned)
+            rows = self._plan(epoch)
             # A batch spans two epochs at most, unless an epoch is shorter than a batch.
             self._epochs = dict([*self._epochs.items()][-1:])
-            self._epochs[epoch] = EpochRows(documents, plan, labels_R)
+            self._epochs[epoch] = rows
         return self._epochs[epoch]
+
+    def _plan(self, epoch: int) -> EpochRows:
+        documents = self._source.epoch(epoch)
+        plan = plan_epoch(documents.lengths_N, self.config, self._data_seed, epoch)
+        causal = self.config.mask is MaskKind.causal
+        return EpochRows(documents, plan, plan.labels_R(causal=causal, pinned=self.config.pinned))
 
     def advance(self, cursor: RowCursor, num_rows: int) -> RowRequest:
         """The next ``num_rows`` rows: their places, their labels, and the cursor after them."""
@@ -117,30 +121,32 @@ class TrainingStream:
 
     def seen(self, cursor: RowCursor) -> Seen:
         """What lies before a cursor."""
-        passes = float(cursor.epoch)
+        epoch, _, rows = cursor
+        passes = float(epoch)
         if cursor.row:
-            passes += cursor.row / len(self.epoch(cursor.epoch).labels_R)
-        epochs = range(1 if self._source.repeats else cursor.epoch + (cursor.row > 0))
-        unique_tokens = 0
-        for epoch in epochs:
-            tokens_R1 = self._text_tokens_R1(epoch)
-            row = cursor.row if epoch == cursor.epoch else len(tokens_R1) - 1
-            unique_tokens += int(tokens_R1[row])
-        return Seen(cursor.epoch, cursor.rows, passes, unique_tokens)
+            passes += cursor.row / len(self.epoch(epoch).labels_R)
+        if self._source.repeats:
+            cursor = min(cursor, RowCursor(1, 0, 0))
+        unique_tokens = sum(self._text_tokens(epoch, None) for epoch in range(cursor.epoch))
+        if cursor.row:
+            unique_tokens += self._text_tokens(cursor.epoch, cursor.row)
+        return Seen(epoch, rows, passes, unique_tokens)
 
-    def _text_tokens_R1(self, epoch: int) -> np.ndarray:
-        """Text tokens in the first 0, 1, ... rows of an epoch."""
-        if epoch not in self._text_tokens:
-            rows = self.epoch(epoch)
+    def _text_tokens(self, epoch: int, num_rows: int | None) -> int:
+        """Text tokens in the first rows of an epoch; None: in all of them."""
+        if num_rows is None and epoch in self._epoch_text_tokens:
+            return self._epoch_text_tokens[epoch]
+        if self._text_tokens_R1[0] != epoch:
+            # Planned once more if training is elsewhere, whose plans are to stay.
+            rows = self._epochs.get(epoch) or self._plan(epoch)
             text_R = rows.plan.text_tokens_R(
                 rows.documents.lengths_N,
                 bos=self.config.bos is BosKind.document,
                 eos=self.config.eos,
             )
-            # Of epochs that are over, only the total is asked for.
-            self._text_tokens = {e: sums[-1:] for e, sums in self._text_tokens.items()}
-            self._text_tokens[epoch] = np.append(0, text_R.cumsum())
-        return self._text_tokens[epoch]
+            self._text_tokens_R1 = epoch, np.append(0, text_R.cumsum())
+            self._epoch_text_tokens[epoch] = int(text_R.sum())
+        return int(self._text_tokens_R1[1][-1 if num_rows is None else num_rows])
 
     def batch(self, request: RowRequest) -> PackedBatch:
         """The rows of a request."""

@@ -122,8 +122,23 @@ class TextTokenizer(ABC):
 
     def token_id(self, text: str) -> int | None:
         """The id of the one token that is ``text``, given as text or as the token itself."""
+        index = self._core.token_to_id(text)
+        if index is not None:
+            return index
         ids = self.encode_batch([text])[0]
-        return ids[0] if len(ids) == 1 else self._core.token_to_id(text)
+        return ids[0] if len(ids) == 1 and ids[0] != self._unknown_id else None
+
+    @property
+    def _unknown_id(self) -> int | None:
+        return self._core.token_to_id(getattr(self._core.model, "unk_token", None) or "")
+
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """int64, ascending: ids that stand for text; special and unknown tokens don't."""
+        added = self._core.get_added_tokens_decoder()
+        others = {index for index, token in added.items() if token.special}
+        others |= {self._unknown_id, self.bos_id, self.eos_id, self.pad_id}
+        return np.array(sorted(set(self._core.get_vocab().values()) - others), np.int64)
 
     @cached_property
     def sha256(self) -> str:

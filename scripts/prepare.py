@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--processes", type=int, help="that tokenise; default: one a core")
+    parser.add_argument(
+        "--processes", type=int, help="that tokenise; default: one a core; 1: this one"
+    )
     options, overrides = parser.parse_known_args(arguments)
     processes = options.processes
     require(processes is None or processes >= 1, "--processes", "must be >= 1", processes)
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"tokenizer {corpus.tokenizer.vocab_size:,} tokens, sha256 {corpus.tokenizer.sha256[:12]}"
     )
-    for line in corpus.store.describe():
+    for line in corpus.describe():
         print(line)
     print(f"data sha256 {corpus.sha256}; ready and checked after {seconds:.1f} s")
     documents = corpus.train.epoch(0)

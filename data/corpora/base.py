@@ -88,6 +88,15 @@ class OpenCorpus(NamedTuple):
     sha256: str
     process: BackcopyProcess | None = None
 
+    def describe(self) -> list[str]:
+        """Lines of text about the store, and what of it is trained on if that isn't all."""
+        lines = self.store.describe()
+        documents = self.train.epoch(0)
+        num_tokens = int(documents.lengths_N.sum())
+        if self.train.repeats and num_tokens < len(self.store.train.tokens):
+            lines.append(f"trained on: {len(documents):,} documents of {num_tokens:,} tokens")
+        return lines
+
 
 class TextCorpus(ABC):
     """A corpus of text, read entry by entry in bounded memory."""
@@ -121,13 +130,13 @@ class TextCorpus(ABC):
 
     def documents(self) -> Iterator[TextDocument]:
         """Every document of both sides of the split."""
-        for split, key, entry in self._split_entries():
+        for split, entry in self._split_entries():
             for document in documents_of(entry):
-                yield TextDocument(split, key, document)
+                yield TextDocument(split, document)
 
     def training_texts(self) -> Iterator[str]:
         """The training entries, whole: what a tokenizer is trained on."""
-        for split, _, entry in self._split_entries():
+        for split, entry in self._split_entries():
             if split is Split.train:
                 yield entry.text
 
@@ -145,8 +154,14 @@ class TextCorpus(ABC):
         if isinstance(tokenizer_config, BpeConfig):
             # Known before it is trained, which may yield fewer tokens.
             self.config.store_dtype.resolve(tokenizer_config.vocab_size)
-        tokenizer = build_tokenizer(tokenizer_config, self, self.cache_dir)
-        store = self.tokenise(tokenizer, self.cache_dir, processes)
+        try:
+            tokenizer = build_tokenizer(tokenizer_config, self, self.cache_dir)
+            store = self.tokenise(tokenizer, self.cache_dir, processes)
+        except OSError as error:
+            raise UserError(
+                "cache_dir must be writable and have room (what was done is kept), got "
+                f"{self.cache_dir}: {error}"
+            ) from error
         train, sha256 = store.train, store.sha256
         unique_tokens = self.config.unique_tokens
         if unique_tokens is not None:
@@ -183,14 +198,14 @@ class TextCorpus(ABC):
             processes=processes,
         )
 
-    def _split_entries(self) -> Iterator[tuple[Split, str, Entry]]:
+    def _split_entries(self) -> Iterator[tuple[Split, Entry]]:
         count = {Split.train: 0, Split.validation: 0}
         for entry in self.entries():
             digest = hashlib.blake2b(entry.text.encode(), digest_size=8).digest()
             held_out = int.from_bytes(digest) < self.config.validation_fraction * 2**64
             split = Split.validation if held_out else Split.train
             count[split] += 1
-            yield split, digest.hex(), entry
+            yield split, entry
         entries = sum(count.values())
         require(entries >= 2, "corpus", "must hold at least two source entries", entries)
         if not all(count.values()):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from data.corpora import BigramBackcopyConfig, open_corpus
+from data.evaluation import ProbeKind
 from data.module import TokenDataModule
 from data.packing import Packer, PackingConfig
-from data.tokenizers import BpeConfig
+from data.tokenizers import BpeConfig, CharactersConfig
 from models.batch import IGNORE_LABEL, PackedBatch, RowCursor
 
 ROWS = {"context": 16, "batch_tokens": 64}
@@ -46,6 +47,40 @@ def test_a_fixed_token_stands_in_inputs_and_targets_and_changes_nothing_else(
     assert (own.tokens_BT[own.document_BT[:, position] >= 0, position] == token).all()
     canonical = [module.canonical_batches()[0] for module in (plain, fixed)]
     assert torch.equal(canonical[0].tokens_BT, canonical[1].tokens_BT)
+
+
+@pytest.mark.parametrize("bos", ["none", "document", "pinned"])
+@pytest.mark.parametrize("position", [0, 1, 100, 127])
+def test_held_out_prompts_are_left_as_they_are(make_module, bos, position):
+    """Prompts are shorter than rows and may begin with a BOS where the arm has none."""
+    if bos == "pinned" and position == 0:
+        return
+    written = [{"random_positions": [position]}]
+    written.append({"fixed_position": position, "fixed_token": "t"})
+    plain, *others = (
+        make_module(PackingConfig(bos=bos, context=128, batch_tokens=512, **settings))
+        for settings in ({}, *written)
+    )
+    for module in (plain, *others):
+        module.setup()
+    for other in others:
+        for ours, theirs in (
+            (plain.canonical_batches()[0], other.canonical_batches()[0]),
+            *((plain.probe_batch(kind), other.probe_batch(kind)) for kind in ProbeKind),
+        ):
+            assert torch.equal(ours.tokens_BT, theirs.tokens_BT)
+            assert torch.equal(ours.labels_BT, theirs.labels_BT)
+        assert len(other.own_batches()) > 0
+
+
+def test_unknown_and_special_tokens_are_no_text(make_module):
+    module = make_module(PackingConfig(**ROWS), tokenizer=CharactersConfig())
+    module.setup()
+    tokenizer = module.tokenizer
+    text = [tokenizer.decode([index]) for index in tokenizer.text_ids.tolist()]
+    assert all(len(character) == 1 for character in text)
+    assert len(text) == tokenizer.vocab_size - 4
+    assert tokenizer.token_id("\u20ac") is None and tokenizer.token_id("e") is not None
 
 
 def test_padding_stays_padding(make_module):
@@ -164,3 +199,5 @@ def test_fresh_documents_are_all_unique(cache_dir):
     assert module.seen(RowCursor(0, 5, 5)).unique_tokens == 80
     assert module.seen(RowCursor(2, 5, 45)).unique_tokens == 720
     assert module.seen(RowCursor(3, 0, 60)).unique_tokens == 960
+    # Whatever was asked before.
+    assert module.seen(RowCursor(1, 5, 25)).unique_tokens == 400

@@ -1,19 +1,11 @@
 """``python -m scripts.prepare`` and its benchmark, as commands."""
 
 import json
-import lzma
-import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from data.store import read_store
 from scripts import bench_prepare, prepare
-from tests.data.conftest import WORDS
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -76,27 +68,3 @@ def test_the_benchmark_tells_both_speeds(settings, capsys, tmp_path):
     ratio = figures["prepare_mb_per_s"] / figures["encode_batch_mb_per_s"]
     assert figures["ratio"] == pytest.approx(ratio, rel=0.2)
     assert figures["tokens"] > 1000 and figures["largest_process_mib"] > 50
-
-
-@pytest.mark.slow
-def test_memory_is_bounded(tmp_path):
-    """Four times the text hardly changes what the process that reads and writes holds."""
-    peaks = []
-    rng = random.Random(0)
-    for copies in (1, 4):
-        path = tmp_path / f"{copies}.jsonl.xz"
-        with lzma.open(path, "wt", preset=0) as file:
-            for _ in range(copies * 5000):
-                file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=300))}) + "\n")
-        command = ["corpus=files", f"corpus.paths=[{path}]", "tokenizer=bpe_small"]
-        script = (
-            "import resource, sys\n"
-            "from scripts import prepare\n"
-            f"assert prepare.command({[*command, f'cache_dir={tmp_path}']!r}) == 0\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
-        )
-        told = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-        )
-        peaks.append(int(told.stdout.split()[-1]))
-    assert peaks[1] < peaks[0] + 150

@@ -156,7 +156,7 @@ def _open_and_report(tokenizer_path, cache_dir, start, results):
             # Slow enough that both processes want to build before either has.
             time.sleep(0.02)
             split = Split.validation if index % 4 == 0 else Split.train
-            yield TextDocument(split, str(index), f"text {index}")
+            yield TextDocument(split, f"text {index}")
 
     start.wait()
     store = open_store(
