@@ -14,6 +14,7 @@ import io
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,8 +32,8 @@ from data.progress import Progress
 from data.tokenizers import TextTokenizer
 from kernels.errors import UserError
 
-SHARD_CHARACTERS = 1 << 22
-"""Text of a shard: a few seconds' work, so little is lost to an interruption."""
+SHARD_CHARACTERS = 1 << 20
+"""Text of a shard: about a second's work, so little is lost to an interruption."""
 
 
 _SET_PARENT_DEATH_SIGNAL = 1
@@ -138,12 +139,16 @@ def _jobs(documents: Iterable[TextDocument], folder: Path, shard_characters: int
 
 def _unfinished(jobs: Iterable[_Job], paths: list[Path], progress: Progress) -> Iterator[_Job]:
     """The jobs whose shard isn't there; ``paths`` gets every job's."""
+    kept = 0
     for job in jobs:
         paths.append(job.path)
         if _is_there(job):
             progress.skip(job.num_bytes)
+            kept += 1
         else:
             yield job
+    if kept:
+        print(f"{kept} of {len(paths)} parts were tokenised before", file=sys.stderr)
 
 
 def _is_there(job: _Job) -> bool:
@@ -232,5 +237,11 @@ def _in_processes(write: _Writer, jobs: Iterable[_Job], processes: int, progress
             "tokenising processes must stay alive (too little memory?), got one that died; the "
             "same command goes on where it stopped"
         ) from error
+    except BaseException:
+        # Without waiting for their shards, which are whole or not there: a second Ctrl-C must not
+        # find this process waiting. (Python 3.14 has a public method for it.)
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -51,7 +51,7 @@ class StoreDtype(StrEnum):
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An opened store; ``sha256`` names its whole content."""
+    """An opened store."""
 
     path: Path
     manifest: dict
@@ -60,8 +60,8 @@ class TokenStore:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the manifest, which holds those of all files."""
-        return self.manifest["sha256"]
+        """SHA-256 over those of tokens, offsets and tokenizer, whatever they were made from."""
+        return self.manifest["content_sha256"]
 
     def describe(self) -> list[str]:
         """Lines of text: sizes, lengths of documents, what was dropped."""

@@ -66,6 +66,7 @@ def build_store(
             for file in sorted(store.iterdir())
         }
         manifest = {**key, "vocab_size": tokenizer.vocab_size, "splits": splits, "files": files}
+        manifest["content_sha256"] = json_sha256({n: file["sha256"] for n, file in files.items()})
         manifest["sha256"] = json_sha256(manifest)
         with (store / "manifest.json").open("w") as file:
             json.dump(manifest, file, indent=1, sort_keys=True)

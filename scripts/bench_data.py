@@ -66,10 +66,10 @@ def measure(config: RunConfig, num_workers: int, seconds: float) -> dict:
 
 
 def described(row: dict) -> str:
-    """``chunk, 1 worker: 6.1 M tokens/s (median 5.8)``."""
+    """``chunk, 1 worker: at best 6.1 M tokens/s (median 5.8)``."""
     best, median = row["tokens_per_second"] / 1e6, row["median_tokens_per_second"] / 1e6
     workers = f"{row['num_workers'] or 'no'} worker"
-    return f"{row['packer']}, {workers}: {best:.1f} M tokens/s (median {median:.1f})"
+    return f"{row['packer']}, {workers}: at best {best:.1f} M tokens/s (median {median:.1f})"
 
 
 def main(arguments: list[str]) -> None:

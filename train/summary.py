@@ -66,7 +66,8 @@ def print_summary(
     pace = f", {speed / 1000:.1f}k tokens/s" if speed else ""
     lines = [
         f"trained for {training_seconds:.0f} s on {row['tokens']:,} tokens{pace}",
-        f"everything is in {folder.path}; pictures in {folder.figures}",
+        f"everything is in {folder.path}"
+        + (f"; pictures in {folder.figures}" if folder.figures.is_dir() else ""),
     ]
     wandb_runs = sorted((folder.path / "wandb").glob("*run-*"))
     if wandb_runs:

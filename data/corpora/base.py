@@ -207,7 +207,12 @@ class TextCorpus(ABC):
             count[split] += 1
             yield split, entry
         entries = sum(count.values())
-        require(entries >= 2, "corpus", "must hold at least two source entries", entries)
+        require(
+            entries >= 2,
+            "corpus",
+            "must hold at least two source entries (a row, or a whole text file), to hold one out",
+            entries,
+        )
         if not all(count.values()):
             raise UserError(
                 "corpus.validation_fraction must leave source entries on both sides of the split, "

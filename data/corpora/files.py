@@ -27,9 +27,9 @@ class FilesConfig(TextCorpusConfig):
     cut: Cut = Cut.whole
     """How the files' entries become documents: whole, at blank_line or at two_blank_lines."""
 
-    packages: dict[str, str | None] = field(default_factory=dict)
-    """Installed Python packages whose sources are read too, after the files: name and version, null
-    = whatever is installed. An entry a file, cut at two blank lines."""
+    packages: list[str] = field(default_factory=list)
+    """Installed Python packages whose sources are read too, after the files: name, or name==version
+    to insist on one. An entry a file, cut at two blank lines."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,7 +56,7 @@ class FilesCorpus(TextCorpus):
     @cached_property
     def packages(self) -> list[PackageSources]:
         """The packages that ``packages`` names."""
-        return [PackageSources(*item) for item in sorted(self.config.packages.items())]
+        return [PackageSources(wanted) for wanted in sorted(self.config.packages)]
 
     @cached_property
     def source(self) -> dict:

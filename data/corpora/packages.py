@@ -14,20 +14,21 @@ from kernels.errors import UserError, require
 class PackageSources:
     """The .py files that an installed package brought, in the order of their names.
 
-    version: the one it must have; None takes whatever is installed. Raises ``UserError`` if the
-    package isn't installed, has another version, or doesn't say what it brought.
+    wanted: its name, or name==version to insist on one. Raises ``UserError`` if the package isn't
+    installed, has another version, or doesn't say what it brought.
     """
 
-    def __init__(self, name: str, version: str | None):
+    def __init__(self, wanted: str):
+        name, _, version = wanted.partition("==")
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             raise UserError(f"corpus.packages must be installed, got {name!r}") from None
         require(
-            version in (None, package.version),
-            f"corpus.packages.{name}",
-            f"must be the installed version {package.version}, or null",
-            version,
+            version in ("", package.version),
+            "corpus.packages",
+            f"must be installed versions ({name}=={package.version})",
+            wanted,
         )
         files = sorted(str(file) for file in package.files or () if file.suffix == ".py")
         require(len(files) > 0, "corpus.packages", "must have brought Python sources", name)

@@ -40,7 +40,9 @@ def test_both_packers_with_a_worker_and_without(settings, tmp_path, capsys):
         "best_fit, 1 worker",
         "best_fit, no worker",
     ]
-    assert all(re.fullmatch(r".*: \d+\.\d M tokens/s \(median \d+\.\d\)", line) for line in lines)
+    assert all(
+        re.fullmatch(r".*: at best \d+\.\d M tokens/s \(median \d+\.\d\)", line) for line in lines
+    )
 
 
 def test_a_packer_that_is_chosen_is_the_only_one(settings, capsys):

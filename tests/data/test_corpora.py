@@ -198,7 +198,7 @@ def installed(tmp_path, monkeypatch):
 
 def test_sources_of_installed_packages_are_entries_cut_at_two_blank_lines(installed, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n\ntwo")
-    config = FilesConfig(paths=[str(tmp_path / "a.txt")], packages={"small": None})
+    config = FilesConfig(paths=[str(tmp_path / "a.txt")], packages=["small"])
     corpus = FilesCorpus(config, tmp_path)
     entries = list(corpus.entries())
     # What was removed since counts as empty.
@@ -215,7 +215,7 @@ def test_sources_of_installed_packages_are_entries_cut_at_two_blank_lines(instal
 
 
 def test_two_packages_make_a_corpus(tmp_path):
-    config = FilesConfig(packages={"packaging": None, "tqdm": None}, validation_fraction=0.1)
+    config = FilesConfig(packages=["packaging", "tqdm"], validation_fraction=0.1)
     store = open_corpus(config, BpeConfig(vocab_size=300), tmp_path).store
     packages = store.manifest["corpus"]["texts"]["source"]["packages"]
     assert [name for name, _, _ in packages] == ["packaging", "tqdm"]

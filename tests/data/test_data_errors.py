@@ -125,10 +125,10 @@ MISTAKES = {
         lambda folder: files(folder, MANY, near_duplicate_tokens=1)
     ),
     "corpus.packages must be installed, got 'no-such-package'": lambda folder: open_corpus(
-        FilesConfig(packages={"no-such-package": None}), BPE, folder
+        FilesConfig(packages=["no-such-package"]), BPE, folder
     ),
-    "corpus.packages.torch must be the installed version ": lambda folder: open_corpus(
-        FilesConfig(packages={"torch": "0.1"}), BPE, folder
+    "corpus.packages must be installed versions (torch==2.": lambda folder: open_corpus(
+        FilesConfig(packages=["torch==0.1"]), BPE, folder
     ),
     "corpus.unique_tokens must be >= 1 or null, got 0": lambda _: AustenConfig(unique_tokens=0),
     "corpus.unique_tokens must be at most the corpus's ": lambda folder: files(
@@ -198,12 +198,16 @@ MISTAKES = {
     ),
     "corpus.validation_fraction must leave source entries on both sides of the split, "
     "got 0.05 of 2 entries (2 train, 0 validation)": lambda folder: files(folder, rows("a", "b")),
-    "corpus must hold at least two source entries, got 0": lambda folder: files(folder, b""),
+    "corpus must hold at least two source entries (a row, or a whole text file), to hold one out, "
+    "got 0": lambda folder: files(folder, b""),
     "corpus.min_document_tokens must leave documents on the train side, got 999: all ": (
         lambda folder: files(folder, MANY, min_document_tokens=999)
     ),
     "corpus.name must name a data set that can be read, got no/such-data: ": lambda folder: (
         open_corpus(HubConfig(name="no/such-data"), BPE, folder)
+    ),
+    "cache_dir must be writable and have room (what was done is kept), got /proc/x: ": lambda _: (
+        open_corpus(AustenConfig(), BPE, Path("/proc/x"))
     ),
     "tokenizer.path must be an existing file, got '/no/such.json'": lambda folder: packed(
         folder, FileConfig(path="/no/such.json")

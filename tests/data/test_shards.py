@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -58,7 +59,9 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_build_goes_on_where_it_stopped(corpus, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_build_goes_on_where_it_stopped(
+    corpus, tokenizer, tmp_path, monkeypatch, capfd
+):
     whole = content(corpus.tokenise(tokenizer, tmp_path / "whole"))
     encode, read = tokenizer.encode_batch, corpus.entries
     encoded = []
@@ -81,6 +84,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(corpus, tokenizer, tmp_pa
         assert not [p for p in (tmp_path / "parts" / "stores").iterdir() if p.suffix == ""]
     monkeypatch.setattr(corpus, "entries", read)
     assert content(corpus.tokenise(tokenizer, tmp_path / "parts", processes=1)) == whole
+    assert re.search(r"\d+ of \d\d parts were tokenised before", capfd.readouterr().err)
     # Nothing was tokenised twice, but the batches that were lost with their process.
     assert len(encoded) == 600
 
@@ -135,16 +139,16 @@ def test_memory_holds_a_few_shards_whatever_the_corpus(corpus, tokenizer, tmp_pa
     assert 3 * SHARD < largest < 10 * SHARD < total / 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(corpus, tokenizer, tmp_path, number):
-    """They hold its lock: a next build must not wait for them."""
+    """They hold its lock: a next build must not wait for them. It ends without waiting for them."""
     tokenizer.save(tmp_path / "tokenizer.json")
     process = start_build(corpus, tmp_path)
     children = []
     while len(children) < 2:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(number)
-    process.wait()
+    assert process.wait(5) != 0
     process.stdout.close()
     end = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children):
@@ -203,7 +207,7 @@ folder = Path(sys.argv[1])
 corpus = FilesCorpus(FilesConfig(paths=[sys.argv[2]], validation_fraction=0.2), folder)
 tokenizer = FileTokenizer.load(FileConfig(path=sys.argv[3]), corpus, folder)
 encode = tokenizer.encode_batch
-tokenizer.encode_batch = lambda texts: time.sleep(0.05) or encode(texts)
+tokenizer.encode_batch = lambda texts: time.sleep(0.2) or encode(texts)
 next(corpus.entries())
 print("ready", flush=True)
 print(corpus.tokenise(tokenizer, folder, processes=2).path, flush=True)
@@ -217,6 +221,7 @@ def start_build(corpus: FilesCorpus, tmp_path: Path) -> subprocess.Popen:
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
         cwd=Path(__file__).parents[2],
