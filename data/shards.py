@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -226,6 +227,9 @@ def _in_processes(write: _Writer, jobs: Iterable[_Job], processes: int, progress
         with warnings.catch_warnings():
             # Python 3.12 warns of any fork beside threads; the workers touch none.
             warnings.filterwarnings("ignore", "(?s).*use of fork", DeprecationWarning)
+            with _uninterrupted():
+                # Forks every worker.
+                pool.submit(_nothing)
             for job in jobs:
                 running.append(pool.submit(_work, job))
                 if len(running) > 2 * processes:
@@ -233,6 +237,7 @@ def _in_processes(write: _Writer, jobs: Iterable[_Job], processes: int, progress
             while running:
                 progress.add(running.popleft().result())
     except BrokenProcessPool as error:
+        pool.shutdown(cancel_futures=True)
         raise UserError(
             "tokenising processes must stay alive (too little memory?), got one that died; the "
             "same command goes on where it stopped"
@@ -240,8 +245,23 @@ def _in_processes(write: _Writer, jobs: Iterable[_Job], processes: int, progress
     except BaseException:
         # Without waiting for their shards, which are whole or not there: a second Ctrl-C must not
         # find this process waiting. (Python 3.14 has a public method for it.)
-        for process in list((pool._processes or {}).values()):
-            process.kill()
+        with _uninterrupted():
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown(cancel_futures=True)
         raise
+    pool.shutdown()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: between a fork and its entry in the books, a worker would be forgotten."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _nothing() -> None:
+    pass
