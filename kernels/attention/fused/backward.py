@@ -136,7 +136,7 @@ def query_kernel(
 
 @triton.jit
 def _key_gradients(
-    dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+    dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
     q0, q1, dout0, dout1,
     start_ptr, stop_ptr, log_sum_ptr, shift_ptr, row_offset,
     batch, head, first_tile, last_tile, j_N, num_tokens, factor, slope,
@@ -167,7 +167,7 @@ def _key_gradients(
             )
             p_NM = tl.where(seen_NM, p_NM, 0.0)
         if MEASURE:
-            mass_N4 += lane_sums(p_NM)
+            mass_N8 += lane_sums(p_NM)
         if GRADIENTS:
             if EVEN:
                 shift_M = tl.load(shift_ptr + i_M)
@@ -183,7 +183,7 @@ def _key_gradients(
             dk0_ND = tl.dot(ds_NM, q0_MD, dk0_ND, input_precision=PRECISION)
             if q1 is not None:
                 dk1_ND = tl.dot(ds_NM, q1_MD, dk1_ND, input_precision=PRECISION)
-    return dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4
+    return dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8
 
 
 @triton.jit
@@ -229,34 +229,34 @@ def key_kernel(
         row = (batch * num_heads + head).to(tl.int64)
         log_sums = log_sum_ptr + row * num_rows
         shifts = shift_ptr + row * num_rows if GRADIENTS else None
-        mass_N4 = tl.zeros([BN, 4], tl.float32)
+        mass_N8 = tl.zeros([BN, 8], tl.float32)
         slope = 0.0
         if HAS_SLOPES:
             slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
-        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4 = _key_gradients(
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
+            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
             q0, q1, dout0, dout1,
             start_ptr, stop_ptr, log_sums, shifts, row_offset,
             batch, head, low, full_low, j_N, num_tokens, factor, slope,
             True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
         )  # fmt: skip
-        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4 = _key_gradients(
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
+            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
             q0, q1, dout0, dout1,
             start_ptr, stop_ptr, log_sums, shifts, row_offset,
             batch, head, full_low, full_high, j_N, num_tokens, factor, slope,
             False, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
         )  # fmt: skip
         if not CAUSAL:
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4 = _key_gradients(
-                dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N4, k0_ND, k1_ND, v0_NE, v1_NE,
+            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
+                dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
                 q0, q1, dout0, dout1,
                 start_ptr, stop_ptr, log_sums, shifts, row_offset,
                 batch, head, full_high, high, j_N, num_tokens, factor, slope,
                 True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
             )  # fmt: skip
         if MEASURE:
-            tl.store(mass_ptr + row * num_tokens + j_N, tl.sum(mass_N4, 1), mask=j_N < num_tokens)
+            tl.store(mass_ptr + row * num_tokens + j_N, tl.sum(mass_N8, 1), mask=j_N < num_tokens)
     if GRADIENTS:
         store_tile(dk0, batch, n * BN, group, dk0_ND * scale)
         store_tile(dv0, batch, n * BN, group, dv0_NE)

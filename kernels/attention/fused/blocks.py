@@ -43,13 +43,12 @@ def dot_rows(a0, a1, b0, b1, PRECISION: tl.constexpr):
 
 @triton.jit
 def lane_sums(x):
-    """[rows, n] -> [rows, 4], whose sum is the row's: what each thread of four holds of it.
+    """[rows, n] -> [rows, 8], whose sum is the row's: each thread of four adds up what it holds.
 
-    A product's rows lie over four neighbouring threads, two columns in turn. Adding up what a
-    thread holds needs no exchange, so loops keep these and exchange once at the end. The long axis
-    goes first: a sum of products is then a chain of fused multiply-adds.
+    A product's rows lie over four neighbouring threads, two columns in turn; [rows, 8] has the same
+    owners, so this needs no exchange. Loops keep these and exchange once at the end.
     """
-    return tl.sum(tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 1), 2)
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
 
 
 @triton.jit

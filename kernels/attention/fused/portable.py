@@ -47,6 +47,7 @@ def forward(
     forward_kernel[(num_tiles, batch_size * num_heads)](
         *parts(q_BTHD, tile.queries), *parts(k_BTGD, tile.keys), *parts(v_BTGE, tile.keys),
         *parts(outputs.out_BTHE, tile.queries),
+        k_BTGD, *k_BTGD.stride()[:3],
         mask.start_BT, mask.stop_BT, mask.document_start_BT,
         bounds(mask, tile.queries, documents=level != "off"),
         null_logit_BHT, *null_strides,
@@ -57,7 +58,7 @@ def forward(
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0,
         HAS_NULL=null_logit_BHT is not None, HAS_SLOPES=slopes_H is not None,
         MEASURE=level != "off", ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
-        E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
+        HEAD_DIM=q_BTHD.shape[3], E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD),
         **tile.launch_options,
     )  # fmt: skip

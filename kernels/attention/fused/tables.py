@@ -20,9 +20,10 @@ def bounds(mask: MaskTensors, queries: int, documents: bool = False) -> Tensor |
     0, 1: low and high; some row sees a key only if low <= key < high, the pinned key apart.
     2, 3: full_low and full_high; every row sees the keys between. 4: whether some row sees the
     pinned key, if there is one. 5, 6: the earliest and the latest first token of a document that a
-    query of the tile belongs to and sees; T and -1 without any. None where it would tell nothing: a
-    causal mask's bounds are plain, and so, if nobody asks for documents, or there is only one, is
-    the rest.
+    query of the tile belongs to and sees; T and -1 without any. 7: whether a query of the tile sees
+    key 0 without that being its document's first token. None where it would tell nothing: a causal
+    mask's bounds are plain, and so, if nobody asks for documents, or there is only one, is the
+    rest.
     """
     if mask.is_causal and not (documents and not mask.one_document):
         return None
@@ -95,6 +96,8 @@ def bounds_kernel(
     tl.store(bounds + 4, any_row)
     tl.store(bounds + 5, tl.min(tl.where(sees_M, document_M, num_tokens)))
     tl.store(bounds + 6, tl.max(tl.where(sees_M, document_M, -1)))
+    first_M = visible(i_M, i_M * 0, start_M, stop_M, False, PINNED) & (document_M != 0)
+    tl.store(bounds + 7, tl.max(first_M.to(tl.int32)))
 
 
 @triton.jit
