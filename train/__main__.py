@@ -34,6 +34,8 @@ def main(settings: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Lightning 2.6's own use of a name that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    # Rows are packed far faster than they are trained on; trainer.num_workers is the user's choice.
+    warnings.filterwarnings("ignore", ".*does not have many workers")
     chosen = HydraConfig.get()
     try:
         config = OmegaConf.to_object(settings)
