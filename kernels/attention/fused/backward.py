@@ -233,27 +233,15 @@ def key_kernel(
         slope = 0.0
         if HAS_SLOPES:
             slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
-        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
-            q0, q1, dout0, dout1,
-            start_ptr, stop_ptr, log_sums, shifts, row_offset,
-            batch, head, low, full_low, j_N, num_tokens, factor, slope,
-            True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
-        )  # fmt: skip
-        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
-            q0, q1, dout0, dout1,
-            start_ptr, stop_ptr, log_sums, shifts, row_offset,
-            batch, head, full_low, full_high, j_N, num_tokens, factor, slope,
-            False, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
-        )  # fmt: skip
-        if not CAUSAL:
+        # Tiles that need the mask, tiles that don't and, unless causal, more that do.
+        for part in tl.static_range(2 if CAUSAL else 3):
             dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
                 dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
                 q0, q1, dout0, dout1,
                 start_ptr, stop_ptr, log_sums, shifts, row_offset,
-                batch, head, full_high, high, j_N, num_tokens, factor, slope,
-                True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
+                batch, head, (low, full_low, full_high)[part], (full_low, full_high, high)[part],
+                j_N, num_tokens, factor, slope,
+                part != 1, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
             )  # fmt: skip
         if MEASURE:
             tl.store(mass_ptr + row * num_tokens + j_N, tl.sum(mass_N8, 1), mask=j_N < num_tokens)

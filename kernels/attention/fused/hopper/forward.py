@@ -315,99 +315,29 @@ def forward_kernel(
         lse_ptr, first_ptr, document_mass_ptr, null_mass_ptr, entropy_ptr, top_ptr,
     )  # fmt: skip
     place = (batch, block, num_tiles, head, num_tokens, scale)
-    if GROUPS == 1:
-        gl.warp_specialize(
-            [
+    # GROUPS consumers, then the producer: one list, since Triton can't add lists that hold None.
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
                 (
-                    _consumer,
-                    (
-                        0, copies, pointers, place,
-                        CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
-                        D0, D1, BN, STAGES, GROUPS,
-                    ),
+                    w, copies, pointers, place,
+                    CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
+                    D0, D1, BN, STAGES, GROUPS,
                 ),
+            )
+            if w < GROUPS
+            else (
+                _producer,
                 (
-                    _producer,
-                    (
-                        q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
-                        q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-                        batch, block, num_tiles, head, group, num_tokens,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
-                    ),
+                    q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
+                    q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
+                    batch, block, num_tiles, head, group, num_tokens,
+                    CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                 ),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0, copies, pointers, place,
-                        CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
-                        D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1, copies, pointers, place,
-                        CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
-                        D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
-                        q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-                        batch, block, num_tiles, head, group, num_tokens,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0, copies, pointers, place,
-                        CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
-                        D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1, copies, pointers, place,
-                        CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
-                        D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        2, copies, pointers, place,
-                        CAUSAL, PINNED, HAS_NULL, MEASURE, ENTROPY, ONE_DOCUMENT,
-                        D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        q0, q1, k0, k1, v0, v1, q0_s, q1_s, k0_s, k1_s, v0_s, v1_s,
-                        q_full, k_full, k_empty, v_full, v_empty, bounds_ptr,
-                        batch, block, num_tiles, head, group, num_tokens,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+            )
+            for w in (0, 1, 2, 3)[: GROUPS + 1]
+        ],
+        [4, 4, 1][3 - GROUPS :],
+        [REGISTERS, REGISTERS, 24][3 - GROUPS :],
+    )  # fmt: skip

@@ -240,105 +240,30 @@ def key_kernel(
     fence_async_shared()
     tiles = (k0_s, k1_s, v0_s, v1_s, q0_s, q1_s, dout0_s, dout1_s)
     rows = (log_sum_s, shift_s, start_s, stop_s)
-    if GROUPS == 1:
-        gl.warp_specialize(
-            [
+    # GROUPS consumers, then the producer: one list, since Triton can't add lists that hold None.
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
                 (
-                    _consumer,
-                    (
-                        0, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
-                        plan_ptr, mass_ptr, batch, n, group,
-                        num_groups, heads_per_group, num_tokens, scale,
-                        CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
-                    ),
+                    w, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
+                    plan_ptr, mass_ptr, batch, n, group,
+                    num_groups, heads_per_group, num_tokens, scale,
+                    CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
                 ),
+            )
+            if w < GROUPS
+            else (
+                _producer,
                 (
-                    _producer,
-                    (
-                        k0, k1, v0, v1, q0, q1, dout0, dout1, log_sum, shift, start, stop,
-                        tiles, rows, kv_full, full, empty, plan_ptr,
-                        batch, n, group, num_groups, heads_per_group, num_tokens,
-                        CAUSAL, D0, D1, BM, STAGES, GROUPS,
-                    ),
+                    k0, k1, v0, v1, q0, q1, dout0, dout1, log_sum, shift, start, stop,
+                    tiles, rows, kv_full, full, empty, plan_ptr,
+                    batch, n, group, num_groups, heads_per_group, num_tokens,
+                    CAUSAL, D0, D1, BM, STAGES, GROUPS,
                 ),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
-                        plan_ptr, mass_ptr, batch, n, group,
-                        num_groups, heads_per_group, num_tokens, scale,
-                        CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
-                        plan_ptr, mass_ptr, batch, n, group,
-                        num_groups, heads_per_group, num_tokens, scale,
-                        CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        k0, k1, v0, v1, q0, q1, dout0, dout1, log_sum, shift, start, stop,
-                        tiles, rows, kv_full, full, empty, plan_ptr,
-                        batch, n, group, num_groups, heads_per_group, num_tokens,
-                        CAUSAL, D0, D1, BM, STAGES, GROUPS,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
-                        plan_ptr, mass_ptr, batch, n, group,
-                        num_groups, heads_per_group, num_tokens, scale,
-                        CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
-                        plan_ptr, mass_ptr, batch, n, group,
-                        num_groups, heads_per_group, num_tokens, scale,
-                        CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        2, dk0, dk1, dv0, dv1, tiles, rows, kv_full, full, empty,
-                        plan_ptr, mass_ptr, batch, n, group,
-                        num_groups, heads_per_group, num_tokens, scale,
-                        CAUSAL, PINNED, MEASURE, D0, D1, BM, STAGES, GROUPS, OVERLAP,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        k0, k1, v0, v1, q0, q1, dout0, dout1, log_sum, shift, start, stop,
-                        tiles, rows, kv_full, full, empty, plan_ptr,
-                        batch, n, group, num_groups, heads_per_group, num_tokens,
-                        CAUSAL, D0, D1, BM, STAGES, GROUPS,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+            )
+            for w in (0, 1, 2, 3)[: GROUPS + 1]
+        ],
+        [4, 4, 1][3 - GROUPS :],
+        [REGISTERS, REGISTERS, 24][3 - GROUPS :],
+    )  # fmt: skip

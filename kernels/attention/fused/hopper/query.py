@@ -218,93 +218,28 @@ def query_kernel(
     tiles = (q0_s, q1_s, out0_s, out1_s, dout0_s, dout1_s, k0_s, k1_s, v0_s, v1_s)
     pointers = (bounds_ptr, start_ptr, stop_ptr, lse_ptr, dlse_ptr, log_sum_ptr, shift_ptr)
     place = (batch, block, num_tiles, head, num_tokens, num_rows, scale)
-    if GROUPS == 1:
-        gl.warp_specialize(
-            [
+    # GROUPS consumers, then the producer: one list, since Triton can't add lists that hold None.
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
                 (
-                    _consumer,
-                    (
-                        0, dq0, dq1, tiles, q_full, full, empty, pointers, place,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
-                    ),
+                    w, dq0, dq1, tiles, q_full, full, empty, pointers, place,
+                    CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
                 ),
+            )
+            if w < GROUPS
+            else (
+                _producer,
                 (
-                    _producer,
-                    (
-                        q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
-                        tiles, q_full, full, empty, bounds_ptr,
-                        batch, block, num_tiles, head, group, num_tokens,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
-                    ),
+                    q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
+                    tiles, q_full, full, empty, bounds_ptr,
+                    batch, block, num_tiles, head, group, num_tokens,
+                    CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
                 ),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0, dq0, dq1, tiles, q_full, full, empty, pointers, place,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1, dq0, dq1, tiles, q_full, full, empty, pointers, place,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
-                        tiles, q_full, full, empty, bounds_ptr,
-                        batch, block, num_tiles, head, group, num_tokens,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (
-                        0, dq0, dq1, tiles, q_full, full, empty, pointers, place,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        1, dq0, dq1, tiles, q_full, full, empty, pointers, place,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
-                    ),
-                ),
-                (
-                    _consumer,
-                    (
-                        2, dq0, dq1, tiles, q_full, full, empty, pointers, place,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS, HAS_DLSE, OVERLAP,
-                    ),
-                ),
-                (
-                    _producer,
-                    (
-                        q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1,
-                        tiles, q_full, full, empty, bounds_ptr,
-                        batch, block, num_tiles, head, group, num_tokens,
-                        CAUSAL, PINNED, D0, D1, BN, STAGES, GROUPS,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )  # fmt: skip
+            )
+            for w in (0, 1, 2, 3)[: GROUPS + 1]
+        ],
+        [4, 4, 1][3 - GROUPS :],
+        [REGISTERS, REGISTERS, 24][3 - GROUPS :],
+    )  # fmt: skip
