@@ -17,7 +17,7 @@ import numpy as np
 from data.documents import Documents
 from data.progress import Progress
 
-BLOCK_TOKENS = 1 << 20
+BLOCK_TOKENS = 1 << 18
 """Tokens hashed at once."""
 
 HELD_OUT_RUNS = 1 << 22

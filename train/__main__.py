@@ -14,11 +14,11 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
-from train.config import RunConfig, plain, register_configs
+from train.config import plain, register_configs, typed
 from train.mistakes import tell
 
 register_configs()
@@ -34,14 +34,12 @@ def main(settings: DictConfig) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Lightning 2.6's own use of a name that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
-    # Rows are packed far faster than they are trained on; trainer.num_workers is the user's choice.
+    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
     warnings.filterwarnings("ignore", ".*does not have many workers")
     chosen = HydraConfig.get()
     try:
-        config = OmegaConf.to_object(settings)
-        assert isinstance(config, RunConfig)
         run(
-            config,
+            typed(settings),
             settings=plain(settings),
             experiment=chosen.runtime.choices.get("experiment") or "default",
             overrides=list(chosen.overrides.task),

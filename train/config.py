@@ -5,7 +5,8 @@ dictionary of variants (``ATTENTIONS``, ``CORPORA``, ...) becomes a Hydra group 
 variant needs no YAML: its file and its line in the dictionary make it a choice on the command line.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from data.corpora import CORPORA
 from data.packing import PackingConfig
 from data.tokenizers import TOKENIZERS
-from kernels.errors import require
+from kernels.errors import UserError, require
 from models.attention import ATTENTIONS
 from models.decoder import DecoderConfig
 from train.loggers import LoggerConfig
@@ -118,9 +119,31 @@ def compose(overrides: list[str]) -> tuple[RunConfig, dict]:
     register_configs()
     with initialize_config_module(config_module="conf", version_base="1.3"):
         settings = hydra.compose(config_name="train", overrides=overrides)
+    return typed(settings), plain(settings)
+
+
+def typed(settings: DictConfig) -> RunConfig:
+    """The run that composed settings describe.
+
+    Raises ``UserError`` for a value that a section refuses, and for a key that no section has:
+    Hydra lets ``+packing.contxt=64`` through, and nobody would read it.
+    """
+    _check_keys(settings, "")
     config = OmegaConf.to_object(settings)
     assert isinstance(config, RunConfig)
-    return config, plain(settings)
+    return config
+
+
+def _check_keys(node: DictConfig, prefix: str) -> None:
+    known = [field.name for field in fields(OmegaConf.get_type(node))]
+    for key in node:
+        close = get_close_matches(str(key), known, n=1)
+        hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+        if key not in known:
+            raise UserError(f"{prefix}{key} is no setting{hint}")
+        value = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
+            _check_keys(value, f"{prefix}{key}.")
 
 
 def plain(settings: DictConfig) -> dict:

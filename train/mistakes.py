@@ -8,7 +8,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 
-NOISE = ("object_type=", "reference_", "Config search path:", "provider=", "See https://", "^")
+NOISE = (
+    # What it appends is no setting of ours.
+    "To append to your config use",
+    "object_type=", "reference_", "Config search path:", "provider=", "See https://", "^")
 """Beginnings of lines of Hydra's messages that help nobody who mistyped a setting."""
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)

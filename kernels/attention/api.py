@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -85,15 +86,19 @@ def sink_attention(
     slopes_H: ALiBi, adds -slope (i - j) to the score. bias_HR: adds a relative bias by T5's
         unidirectional bucket of i - j, 2 to 128 buckets up to distance 128.
     key_mass_tap_BHS: a leaf of zeros that requires a gradient; key mass is then its gradient after
-        the backward pass, and ``statistics.key_mass_BHS`` is None.
+        the backward pass, which makes it on the way, and ``statistics.key_mass_BHS`` is None.
+        Without a tap key mass takes a pass over q and k of its own.
     implementation: ``auto``, or one by name.
 
-    Raises ``UserError`` for shapes, dtypes, or a forced implementation that can't run them.
+    Raises ``UserError`` for shapes, dtypes, devices, or a forced implementation that can't run.
     """
     level = _level(statistics)
     _check_tensors(q_BTHD, k_BTGD, v_BTGE, mask)
     _check_extras(q_BTHD, null_logit, slopes_H, bias_HR, key_mass_tap_BHS, level)
-    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    is_number = isinstance(scale, int | float) and math.isfinite(scale)
+    require(is_number, "attention.scale", "must be a finite number", scale)
+    scale = float(scale)
     chosen = _choose(implementation, q_BTHD, v_BTGE, mask, scale, slopes_H, bias_HR)
     null_logit_BHT = null_logit
     if null_logit is not None and null_logit.ndim == 1:
@@ -232,7 +237,9 @@ def _level(statistics: StatisticsLevel | str) -> StatisticsLevel:
     if isinstance(statistics, StatisticsLevel):
         return statistics
     allowed = f"must be one of {', '.join(_LEVELS)}"
-    require(statistics in _LEVELS, "statistics", allowed, statistics)
+    require(
+        isinstance(statistics, str) and statistics in _LEVELS, "statistics", allowed, statistics
+    )
     return _LEVELS[statistics]
 
 
@@ -241,10 +248,15 @@ def _check_tensors(
 ) -> None:
     for name, tensor in (("q", q_BTHD), ("k", k_BTGD), ("v", v_BTGE)):
         setting = f"attention.{name}"
-        require(tensor.ndim == 4, setting, "must have 4 axes", tuple(tensor.shape))
+        _require_tensor(name, tensor, q_BTHD)
+        require(tensor.ndim == 4, setting, "must be [B, T, heads, D]", tuple(tensor.shape))
         require(tensor.is_floating_point(), setting, "must be floating point", tensor.dtype)
         require(tensor.dtype == q_BTHD.dtype, setting, f"must be {q_BTHD.dtype}", tensor.dtype)
+    is_mask = isinstance(mask, IntervalMask | DenseMask)
+    require(is_mask, "attention.mask", "must be an IntervalMask or a DenseMask", type(mask))
+    _require_tensor("mask", mask.document_start_BT, q_BTHD)
     batch_size, num_tokens, num_heads, head_dim = q_BTHD.shape
+    require(head_dim >= 1, "attention.q", "must have a head dim", tuple(q_BTHD.shape))
     num_groups = k_BTGD.shape[2]
     _require_shape("k", k_BTGD, (batch_size, num_tokens, num_groups, head_dim))
     _require_shape("v", v_BTGE, (batch_size, num_tokens, num_groups, v_BTGE.shape[3]))
@@ -254,7 +266,12 @@ def _check_tensors(
         f"must have a number of heads that divides q's {num_heads}",
         num_groups,
     )
-    _require_shape("mask", mask.document_start_BT, (batch_size, num_tokens))
+    require(
+        tuple(mask.document_start_BT.shape) == (batch_size, num_tokens),
+        "attention.mask",
+        f"must be of {batch_size} rows of {num_tokens} tokens, as q [B, T, H, D] is",
+        tuple(mask.document_start_BT.shape),
+    )
 
 
 def _check_extras(
@@ -266,6 +283,12 @@ def _check_extras(
     level: StatisticsLevel,
 ) -> None:
     batch_size, num_tokens, num_heads, _ = q_BTHD.shape
+    extras = (("null_logit", null_logit), ("slopes", slopes_H), ("bias", bias_HR))
+    for name, tensor in (*extras, ("key_mass_tap", tap_BHS)):
+        if tensor is not None:
+            _require_tensor(name, tensor, q_BTHD)
+            is_float = tensor.is_floating_point()
+            require(is_float, f"attention.{name}", "must be floating point", tensor.dtype)
     if null_logit is not None:
         shapes = [(num_heads,), (batch_size, num_heads, num_tokens)]
         require(
@@ -287,12 +310,23 @@ def _check_extras(
         )
     if tap_BHS is not None:
         _require_shape("key_mass_tap", tap_BHS, (batch_size, num_heads, num_tokens))
+        requires = tap_BHS.requires_grad
+        require(requires, "attention.key_mass_tap", "must require a gradient", requires)
         require(
             level is not StatisticsLevel.off,
             "statistics",
             "must be basic or full where a key mass tap is passed",
             level.value,
         )
+
+
+def _require_tensor(name: str, tensor: object, q_BTHD: Tensor) -> None:
+    is_tensor = isinstance(tensor, Tensor)
+    require(is_tensor, f"attention.{name}", "must be a tensor", type(tensor).__name__)
+    device = q_BTHD.device
+    require(
+        tensor.device == device, f"attention.{name}", f"must be on {device} as q is", tensor.device
+    )
 
 
 def _require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

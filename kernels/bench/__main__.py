@@ -31,6 +31,7 @@ from kernels.bench.cases import (
     DOCUMENT_SIGMA,
     Case,
 )
+from kernels.bench.contender import Skipped
 from kernels.bench.contenders import taking_part
 from kernels.bench.measure import measure_case
 from kernels.bench.options import parse
@@ -146,7 +147,10 @@ def main(arguments: list[str]) -> int:
             (case,) = options.cases
             rival = "cudnn" if case.mask == "causal" else "flex"
             for contender in taking_part(case, options.names or ["sinklab+stats", rival]):
-                print(kernel_table(case, contender, device))
+                try:
+                    print(kernel_table(case, contender, device))
+                except Skipped as skipped:
+                    raise UserError(f"{contender.name}: {skipped}") from skipped
             return 0
         if len(options.cases) > 1:
             in_processes("kernels.bench.ahead", arguments)

@@ -93,8 +93,7 @@ def measure_case(
         is_ours = contender in OURS
         try:
             variant, bind = _fastest_variant(problem, contender, sets[0], clock, choices)
-            factor = OUR_FACTOR if is_ours else THEIR_FACTOR
-            ready.append(_checked(contender, variant, bind, sets, truth, factor))
+            ready.append(checked(contender, variant, bind, sets, truth))
             continue
         except UserError:
             raise
@@ -131,15 +130,15 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
-def _checked(
+def checked(
     contender: Contender,
     variant: str,
     bind: Bind,
     sets: list[Inputs],
     truth: list[Part],
-    factor: float,
 ) -> _Ready:
     """A contender that gives what it should; ``Skipped`` if not."""
+    factor = OUR_FACTOR if contender in OURS else THEIR_FACTOR
     calls = [bound(bind, inputs) for inputs in sets]
     device = sets[0].q_BTHD.device
     poison_free_memory(device)

@@ -22,6 +22,7 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
         prog="python -m kernels.bench",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--preset", choices=PRESETS, help="default: record")
     parser.add_argument(
@@ -37,7 +38,9 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     parser.add_argument(
         "--only", default="", metavar="NAMES", help=f"some of {', '.join(CONTENDERS)}"
     )
-    parser.add_argument("--rounds", type=int, default=20, help="bursts of each contender a figure")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="bursts of each contender a figure; default: 20"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after every shape")
     parser.add_argument(
         "--budget",
@@ -53,10 +56,22 @@ def parse(arguments: list[str], description: str | None = None) -> argparse.Name
     )
     options = parser.parse_args(arguments)
     require(options.rounds >= 2, "--rounds", "must be >= 2", options.rounds)
+    budget = options.budget
+    require(budget is None or budget > 0, "--budget", "must be > 0 seconds", budget)
     options.names = check_names([name for name in options.only.split(",") if name])
     ways = [name for name in ("preset", "shape", "profile", "tune") if getattr(options, name)]
     if len(ways) > 1:
         raise UserError(f"--{ways[1]} can't be combined with --{ways[0]}")
+    unused = {
+        "profile": ("json", "budget"),
+        "tune": ("json", "budget", "only", "mask", "groups"),
+    }
+    for way in ways:
+        for name in unused.get(way, ()):
+            if getattr(options, name):
+                raise UserError(f"--{name} has no use beside --{way}")
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json must be a file in a folder that exists, got {options.json}")
     if options.profile:
         options.shape, options.mask = [options.profile], options.mask or "causal"
     options.cases = select_cases(

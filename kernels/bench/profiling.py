@@ -6,7 +6,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kernels.bench.cases import Case, make_problem
+from kernels.bench.check import truth_of
 from kernels.bench.contender import Contender, bound
+from kernels.bench.measure import checked
 
 PASSES = 5
 """Forward and backward passes that a table averages over."""
@@ -17,11 +19,13 @@ NAME_WIDTH = 84
 def kernel_table(case: Case, contender: Contender, device: torch.device) -> str:
     """Microseconds and launches of each kernel in one forward and backward pass.
 
-    The contender runs in its first variant.
+    The contender runs in its first variant. Raises ``Skipped`` if it gives what it shouldn't.
     """
     problem = make_problem(case, device)
     variant = contender.variants(case)[0]
-    call = bound(contender.prepare(problem, variant), problem.inputs(0))
+    bind, inputs = contender.prepare(problem, variant), problem.inputs(0)
+    checked(contender, variant, bind, [inputs], truth_of(problem, inputs))
+    call = bound(bind, inputs)
     for _ in range(3):
         call.both()
     torch.cuda.synchronize(device)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kernels.attention.fused import launch
 from kernels.attention.fused.op import backward_outputs, forward_outputs
@@ -30,6 +31,7 @@ from kernels.attention.fused.tiles import (
 from kernels.bench.ahead import COMPILERS, in_processes
 from kernels.bench.cases import Case, Problem, make_problem
 from kernels.bench.timing import Captured, Clock, interleaved
+from kernels.errors import require
 
 HEAD_DIMS = (64, 96, 128)
 LENGTHS = (512, 2048, 8192)
@@ -84,8 +86,11 @@ def candidates(kernel: str, head_dim: int) -> list[Tile | Warpgroups]:
     return [*portable, *single, groups(2, 64, 2), groups(2, 64, 3)]
 
 
-def calls_of(problem: Problem, search: Search) -> Callable[[], object]:
-    """The kernel of a search on a problem's inputs, with the tiles in force when it is called."""
+def calls_of(problem: Problem, search: Search) -> Callable[[], list[Tensor]]:
+    """The kernel of a search on a problem's inputs, with the tiles in force when it is called.
+
+    It returns what the kernel filled, the same tensors every time.
+    """
     q, k, v, dout = problem.inputs(0)
 
     def mask() -> MaskTensors:
@@ -101,23 +106,42 @@ def calls_of(problem: Problem, search: Search) -> Callable[[], object]:
 
     scale, level = problem.scale, search.level
     outputs = forward_outputs(q, v, None, level, problem.mask.one_document)
+
+    def forward() -> list[Tensor]:
+        launch.forward(q, k, v, mask(), None, None, scale, level, outputs)
+        return list(outputs)
+
     if search.kernel == "forward":
-        return lambda: launch.forward(q, k, v, mask(), None, None, scale, level, outputs)
-    launch.forward(q, k, v, mask(), None, None, scale, level, outputs)
+        return forward
+    forward()
     out, lse = outputs.out_BTHE, outputs.lse_BHT
+    mass = torch.empty_like(lse)
+
+    def key_mass() -> list[Tensor]:
+        launch.key_mass(q, k, lse, mask(), None, scale, mass)
+        return [mass]
+
     if search.kernel == "key_mass":
-        mass = torch.empty_like(lse)
-        return lambda: launch.key_mass(q, k, lse, mask(), None, scale, mass)
+        return key_mass
     grads = backward_outputs(q, k, v, lse, level)
-
-    def call() -> BackwardCall:
-        return BackwardCall(dout, None, q, k, v, out, lse, mask(), None, scale, level != "off")
-
     rows = (torch.empty_like(lse), grads.shift_BHT)
+
+    def backward(half: Callable) -> None:
+        call = BackwardCall(dout, None, q, k, v, out, lse, mask(), None, scale, level != "off")
+        half(call, grads, *rows)
+
+    def query() -> list[Tensor]:
+        backward(launch.query_gradients)
+        return [grads.dq_BTHD, grads.shift_BHT]
+
+    def key() -> list[Tensor]:
+        backward(launch.key_gradients)
+        return [grads.dk_BTGD, grads.dv_BTGE, grads.key_mass_BHT]
+
     if search.kernel == "query":
-        return lambda: launch.query_gradients(call(), grads, *rows)
-    launch.query_gradients(call(), grads, *rows)
-    return lambda: launch.key_gradients(call(), grads, *rows)
+        return query
+    query()
+    return key
 
 
 def compile_share(index: int, device: torch.device) -> None:
@@ -172,21 +196,36 @@ def tune(device: torch.device, clock: Clock, rounds: int) -> None:
 def _time(
     search: Search, problem: Problem, clock: Clock, rounds: int
 ) -> dict[Tile | Warpgroups, float]:
-    """Median milliseconds of each candidate that runs."""
+    """Median milliseconds of each candidate that runs and gives what the first one does."""
     kernel = calls_of(problem, search)
-    calls = {}
+    calls: dict[Tile | Warpgroups, Captured] = {}
+    wanted: list[Tensor] = []
     for tile in candidates(search.kernel, search.case.head_dim):
 
-        def call(tile=tile):
+        def call(tile=tile) -> list[Tensor]:
             with override_tiles(**{search.kernel: tile}):
-                kernel()
+                return kernel()
 
         # Recorded, so that a host busy with something else slows no short kernel down.
         with suppress(Exception):
-            calls[tile] = Captured(call)
+            captured = Captured(call)
+            given = call()
+            wanted = wanted or [x.clone() for x in given]
+            if _agree(given, wanted):
+                calls[tile] = captured
+            else:
+                print(f"{search.case.label} {search.kernel}: {_short(tile)} is wrong, left out")
+    require(bool(calls), "tiles", "must have one that runs", f"none for {search}")
     named = [(str(index), call) for index, call in enumerate(calls.values())]
     timed = interleaved(named, clock=clock, rounds=rounds)
     return {tile: timed[str(index)].median for index, tile in enumerate(calls)}
+
+
+def _agree(given: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Whether all tensors are the same to about the rounding of bf16."""
+    errors = [torch.linalg.vector_norm(a.double() - b) for a, b in zip(given, wanted, strict=True)]
+    norms = [torch.linalg.vector_norm(b.double()) for b in wanted]
+    return all(bool(error <= 0.01 * norm) for error, norm in zip(errors, norms, strict=True))
 
 
 def _best_of_each_kind(timings: dict[Tile | Warpgroups, float]) -> list[Tile | Warpgroups]:

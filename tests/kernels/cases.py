@@ -180,6 +180,7 @@ def _gpu_cases() -> list[GpuCase]:
     short_D256 = Case(IntervalMask.causal(1, 512), 4, 4, 256, 256, null="H")
     documents_D64 = Case(_long_rows(2, 1024), 4, 4, 64, 64)
     documents_null = Case(_long_rows(2, 1024), 4, 4, 64, 64, null="BHT")
+    across_D40 = Case(_long_rows(2, 1000, causal_across=True), 4, 2, 40, 40)
     documents_slopes = Case(_long_rows(2, 1000), 4, 4, 80, 48, slopes=True)
     pinned_D128 = Case(_long_rows(2, 1024, pinned=1).window(100), 4, 4, 128, 128, null="H")
     any_D16 = Case(_any_intervals(pinned=1, T=1024), 4, 2, 16, 256)
@@ -200,6 +201,8 @@ def _gpu_cases() -> list[GpuCase]:
         GpuCase("documents-D64-null_BHT", bf16, documents_null, {}),
         GpuCase("documents-D64-null_BHT-hopper_1", bf16, documents_null, one),
         GpuCase("documents-T1000-D80-E48-slopes", bf16, documents_slopes, {}),
+        GpuCase("documents-D64-null_BHT-portable", bf16, documents_null, PORTABLE),
+        GpuCase("causal_across-D40-portable", bf16, across_D40, PORTABLE),
         GpuCase("pinned-window-D128-null_H", bf16, pinned_D128, {}),
         GpuCase("pinned-window-D128-null_H-hopper_1", bf16, pinned_D128, one),
         GpuCase("any_intervals-pinned-D16-E256", bf16, any_D16, {}),

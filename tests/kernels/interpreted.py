@@ -63,6 +63,7 @@ TILED_MASKS = {
     "causal": IntervalMask.causal(1, 61),
     "documents": documents(33, 1, 1, 26),
     "documents-padding": IntervalMask.from_documents(torch.tensor([[1] * 37 + [-1] * 24])),
+    "causal_across": documents(9, 30, 22, causal_across=True),
     "pinned-window": documents(33, 1, 27, pinned=1).window(20),
     "prefix": IntervalMask.causal(1, 61).prefix(50),
     "any_intervals-pinned": any_intervals(61, pinned=1, seed=0),

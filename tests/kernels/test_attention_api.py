@@ -1,6 +1,7 @@
 """What a caller of ``sink_attention`` relies on: choice, errors, taps, compile, checkpointing."""
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,12 +45,38 @@ def attend(mask=None, **settings):
 
 
 WRONG = {
-    "q_axes": (dict(q_BTHD=(B, T, D)), {}, "attention.q must have 4 axes, got (2, 9, 8)"),
+    "q_axes": (dict(q_BTHD=(B, T, D)), {}, "attention.q must be [B, T, heads, D], got (2, 9, 8)"),
     "heads": (dict(q_BTHD=(B, T, 5, D)), {}, "must have a number of heads that divides q's 5"),
     "head_dim": (dict(k_BTGD=(B, T, G, 7)), {}, "attention.k must have shape (2, 9, 2, 8)"),
     "tokens": (dict(v_BTGE=(B, 8, G, E)), {}, "attention.v must have shape (2, 9, 2, 4)"),
     "groups": (dict(v_BTGE=(B, T, H, E)), {}, "attention.v must have shape (2, 9, 2, 4)"),
-    "mask": ({}, {"mask": IntervalMask.causal(B, 8)}, "attention.mask must have shape (2, 9)"),
+    "mask": (
+        {},
+        {"mask": IntervalMask.causal(B, 8)},
+        "attention.mask must be of 2 rows of 9 tokens, as q [B, T, H, D] is, got (2, 8)",
+    ),
+    "mask_bool": (
+        {},
+        {"mask": torch.ones(T, T, dtype=torch.bool)},
+        "attention.mask must be an IntervalMask or a DenseMask, got",
+    ),
+    "mask_device": (
+        {},
+        {"mask": packed().to("meta")},
+        "attention.mask must be on cpu as q is, got device(type='meta')",
+    ),
+    "null_number": ({}, {"null_logit": 0.0}, "attention.null_logit must be a tensor, got 'float'"),
+    "null_int": (
+        {},
+        {"null_logit": torch.zeros(H, dtype=torch.int64)},
+        "attention.null_logit must be floating point, got torch.int64",
+    ),
+    "scale": ({}, {"scale": math.nan}, "attention.scale must be a finite number, got nan"),
+    "no_head_dim": (
+        dict(q_BTHD=(B, T, H, 0), k_BTGD=(B, T, G, 0)),
+        {},
+        "attention.q must have a head dim",
+    ),
     "null": ({}, {"null_logit": torch.zeros(3)}, "attention.null_logit must have shape (4,) or"),
     "slopes": ({}, {"slopes_H": torch.zeros(3)}, "attention.slopes must have shape (4,)"),
     "bias": ({}, {"bias_HR": torch.zeros(4, 1)}, "attention.bias must have shape (4, 2 to 128)"),
@@ -60,9 +87,15 @@ WRONG = {
     ),
     "tap_off": (
         {},
-        {"key_mass_tap_BHS": torch.zeros(B, H, T), "statistics": "off"},
+        {"key_mass_tap_BHS": zeros_tap(), "statistics": "off"},
         "statistics must be basic or full where a key mass tap is passed, got 'off'",
     ),
+    "tap_leaf": (
+        {},
+        {"key_mass_tap_BHS": torch.zeros(B, H, T)},
+        "attention.key_mass_tap must require a gradient, got False",
+    ),
+    "levels": ({}, {"statistics": ["full"]}, "statistics must be one of off, basic, full, got"),
     "level": ({}, {"statistics": "some"}, "statistics must be one of off, basic, full, got 'some'"),
     "implementation": (
         {},

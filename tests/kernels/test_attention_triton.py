@@ -165,3 +165,23 @@ def test_large_scores_neither_overflow_nor_lose_the_null_slot():
     torch.testing.assert_close(statistics.null_mass_BHT, torch.tensor([[[1.0, 0.0, 0.0]]]))
     torch.testing.assert_close(statistics.entropy_BHT, torch.zeros(1, 1, 3), rtol=0, atol=1e-4)
     torch.testing.assert_close(statistics.max_logit_BH, torch.tensor([[240.0]]))
+
+
+def test_tiles_that_nobody_sees_are_not_read():
+    """0 NaN is NaN: a visit, even one that adds nothing, would show. Each document is a tile."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 48, 1, 16, generator=generator) for _ in range(4))
+    mask = documents(16, 16, 16)
+    for poisoned in range(3):
+        own = slice(16 * poisoned, 16 * (poisoned + 1))
+        leaves = [x.clone() for x in (q, k, v)]
+        upstream = dout.clone()
+        for x in (*leaves, upstream):
+            x[:, own] = torch.nan
+        leaves = [x.requires_grad_() for x in leaves]
+        with tiled(16, 16):
+            output = sink_attention(*leaves, mask, implementation="triton")
+            gradients = torch.autograd.grad(output.out_BTHE, leaves, upstream)
+        others = [i for i in range(48) if not own.start <= i < own.stop]
+        for x in (output.out_BTHE, *gradients, output.statistics.key_mass_BHS.transpose(1, 2)):
+            assert x[:, others].isfinite().all()

@@ -174,9 +174,19 @@ def test_strides_are_read_as_they_are(gpu_case):
         leaves = [x.detach().requires_grad_() for x in tensors]
         output = sink_attention(*leaves, mask, statistics="full", implementation="triton")
         gradients = torch.autograd.grad(output.out_BTHE, leaves, output.out_BTHE.detach())
-        results.append([output.out_BTHE, output.lse_BHT, *gradients])
+        measured = [x for x in output.statistics if x is not None]
+        results.append([output.out_BTHE, output.lse_BHT, *measured, *gradients])
     for ours, wanted in zip(*results, strict=True):
         assert torch.equal(ours, wanted)
+
+
+def test_a_query_that_is_nan_has_no_mass(gpu_cases):
+    """A NaN must not pass for the largest mass there is."""
+    (q, k, v), _, mask = on_gpu(gpu_cases["causal_across-D40-portable"])
+    q.detach()[0, 5] = torch.nan
+    measured = sink_attention(q, k, v, mask, implementation="triton").statistics
+    assert measured.first_mass_BHT[0, :, 5].isnan().all()
+    assert measured.document_mass_BHT[0, :, 5].isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")

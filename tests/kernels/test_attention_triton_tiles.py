@@ -4,6 +4,7 @@ Axes: B rows of the batch, T query positions, S key positions, H query heads, D 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,17 +98,26 @@ def test_the_plan_of_long_rows(mask):
 @pytest.mark.parametrize("mask", TILED_MASKS)
 def test_the_bounds_are_those_of_the_intervals(mask):
     mask, queries = TILED_MASKS[mask], 16
-    bounds = portable.bounds(mask_tensors(mask), queries)[0, :, :5].tolist()
+    # A causal mask has bounds only where documents are asked for.
+    tensors = replace(mask_tensors(mask), is_causal=False)
+    bounds = portable.bounds(tensors, queries)[0].tolist()
     intervals = list(zip(mask.start_BT[0].tolist(), mask.stop_BT[0].tolist(), strict=True))
+    firsts = mask.document_start_BT[0].tolist()
+    sees = mask.dense_BTS()[0].tolist()
     for m, ours in enumerate(bounds):
-        tile = intervals[m * queries : (m + 1) * queries]
+        own = range(m * queries, min((m + 1) * queries, mask.num_tokens))
+        tile = intervals[own.start : own.stop]
         some = [interval for interval in tile if interval[0] < interval[1]]
+        seen = [firsts[i] for i in own if firsts[i] >= 0 and sees[i][firsts[i]]]
         assert ours == [
             min((start for start, _ in some), default=mask.num_tokens),
             max((stop for _, stop in some), default=0),
             max(start for start, _ in tile),
             min(stop for _, stop in tile),
             int(mask.pinned and any(stop > 0 for _, stop in tile)),
+            min(seen, default=mask.num_tokens),
+            max(seen, default=-1),
+            int(any(sees[i][0] and firsts[i] != 0 for i in own)),
         ]
 
 

@@ -10,6 +10,11 @@ import torch
 WRONG_SETTINGS = {
     "unknown section": (["modle.num_layers=3"], "modle"),
     "unknown key": (["packing.contxt=64"], "contxt"),
+    "added key": (
+        ["+packing.contxt=64"],
+        "packing.contxt is no setting; did you mean packing.context?",
+    ),
+    "added section": (["+trackng.every=1"], "trackng is no setting; did you mean tracking?"),
     "unknown choice": (["attention=sofmax"], "attention/sofmax"),
     "unknown experiment": (["experiment=nothing"], "experiment/nothing"),
     "wrong type": (["optimizer.lr=fast"], "optimizer.lr"),

@@ -45,8 +45,9 @@ def dot_rows(a0, a1, b0, b1, PRECISION: tl.constexpr):
 def lane_sums(x):
     """[rows, n] -> [rows, 8], whose sum is the row's: each thread of four adds up what it holds.
 
-    A product's rows lie over four neighbouring threads, two columns in turn; [rows, 8] has the same
-    owners, so this needs no exchange. Loops keep these and exchange once at the end.
+    A matrix unit's product has its rows over four neighbouring threads, two columns in turn;
+    [rows, 8] has the same owners, so this needs no exchange. Loops keep these and exchange once, at
+    the end.
     """
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
 

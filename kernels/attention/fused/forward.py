@@ -2,9 +2,9 @@
 
 Online softmax over key tiles (FlashAttention-2, arXiv 2307.08691): tiles that every row sees whole
 skip the mask, tiles that no row sees are not visited. The statistics cost little beside: the
-largest score is the running maximum that the softmax keeps anyway; the score of key 0, or of the
-first token of a query's document, takes one dot product a query before the loops, and exp(score -
-lse) is the mass; entropy adds one sum, sum_j p_j x_j, to the loops.
+largest score is the running maximum that the softmax keeps anyway; the score of the first token of
+a query's document, and of key 0 where that is another one, takes a dot product a query before the
+loops, and exp(score - lse) is the mass; entropy adds one sum, sum_j p_j x_j, to the loops.
 
 Axes: M query rows and N keys of a tile, D query/key head dim, E value head dim.
 """
@@ -81,9 +81,8 @@ def _attend(
 
 
 @triton.jit
-def _keys(part, k_ptr, key_M, stride, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """One key a query, [M, width] of the ``part`` that begins at FIRST; key -1 gives any."""
-    WIDTH: tl.constexpr = part.block_shape[3]
+def _keys(k_ptr, key_M, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """One key a query, [M, WIDTH] from FIRST on along the head dim; key -1 gives any."""
     d_D = FIRST + tl.arange(0, WIDTH)
     k_ptrs = k_ptr + tl.maximum(key_M, 0).to(tl.int64)[:, None] * stride + d_D[None, :]
     if FIRST + WIDTH > HEAD_DIM:
@@ -111,10 +110,15 @@ def _scores(
 
 @triton.jit
 def _score_to_mass(ptr, row_M, exists_M, log_sum_M):
-    """Replace scores in memory by exp(score - log_sum)."""
+    """Replace scores x in memory by exp(x - log_sum), exact to a few |x| 2^-24.
+
+    Their products are summed in another order than the softmax's own, whence the error; no mass
+    passes 1 for that.
+    """
     x_M = tl.load(ptr + row_M, mask=exists_M, other=0.0)
-    # Products are summed in another order than the softmax's own: no mass may pass 1 for that.
-    tl.store(ptr + row_M, tl.minimum(tl.exp2(x_M - log_sum_M), 1.0), mask=exists_M)
+    mass_M = tl.exp2(x_M - log_sum_M)
+    # Not a minimum, which would make 1 of NaN.
+    tl.store(ptr + row_M, tl.where(mass_M > 1.0, 1.0, mass_M), mask=exists_M)
 
 
 @triton.jit
@@ -133,7 +137,8 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid (query tiles, B H). Parts (q0, q1, ...) are descriptors [B, T, heads, width].
 
-    Writes out, lse [B, H, T] and, if MEASURE, first_mass, document_mass (unless ONE_DOCUMENT, which
+    k_ptr and its strides are the keys', whose last axis has no gaps. Writes out, lse [B, H, T] and,
+    if MEASURE, first_mass, document_mass (unless ONE_DOCUMENT, which
     makes it first_mass), null_mass and (ENTROPY) entropy, all [B, H, T], and the largest scaled
     score of the tile, top [B, H, query tiles].
     """
@@ -158,6 +163,7 @@ def forward_kernel(
     row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
     # Key 0, or the first token of the query's document. Its score waits in memory, where its mass
     # will be, and not in registers that the loops need.
+    D0: tl.constexpr = q0.block_shape[3]
     key_M = i_M * 0
     k0_MD = None
     k1_MD = None
@@ -168,9 +174,9 @@ def forward_kernel(
             key_M = tl.load(document_ptr + row_offset + i_M, mask=exists_M, other=-1)
             first_differs = tl.load(bounds + 7) > 0
         # Asked for before the queries, so that both are waited for at once.
-        k0_MD = _keys(q0, k_ptr, key_M, k_stride_t, 0, HEAD_DIM)
+        k0_MD = _keys(k_ptr, key_M, k_stride_t, 0, D0, HEAD_DIM)
         if q1 is not None:
-            k1_MD = _keys(q1, k_ptr, key_M, k_stride_t, q0.block_shape[3], HEAD_DIM)
+            k1_MD = _keys(k_ptr, key_M, k_stride_t, D0, q1.block_shape[3], HEAD_DIM)
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
     if MEASURE:
@@ -183,9 +189,9 @@ def forward_kernel(
         else:
             tl.store(document_mass_ptr + row_M, x_M, mask=exists_M)
             if first_differs:
-                k0_MD = _keys(q0, k_ptr, i_M * 0, k_stride_t, 0, HEAD_DIM)
+                k0_MD = _keys(k_ptr, i_M * 0, k_stride_t, 0, D0, HEAD_DIM)
                 if q1 is not None:
-                    k1_MD = _keys(q1, k_ptr, i_M * 0, k_stride_t, q0.block_shape[3], HEAD_DIM)
+                    k1_MD = _keys(k_ptr, i_M * 0, k_stride_t, D0, q1.block_shape[3], HEAD_DIM)
                 x_M = _scores(
                     q0_MD, q1_MD, k0_MD, k1_MD, i_M * 0, i_M, start_M, stop_M, factor, slope,
                     CAUSAL, PINNED, HAS_SLOPES,

@@ -19,11 +19,11 @@ def bounds(mask: MaskTensors, queries: int, documents: bool = False) -> Tensor |
 
     0, 1: low and high; some row sees a key only if low <= key < high, the pinned key apart.
     2, 3: full_low and full_high; every row sees the keys between. 4: whether some row sees the
-    pinned key, if there is one. 5, 6: the earliest and the latest first token of a document that a
-    query of the tile belongs to and sees; T and -1 without any. 7: whether a query of the tile sees
-    key 0 without that being its document's first token. None where it would tell nothing: a causal
-    mask's bounds are plain, and so, if nobody asks for documents, or there is only one, is the
-    rest.
+    pinned key, if there is one. 5, 6 (for Hopper's forward): the earliest and the latest first
+    token of a document that a query of the tile belongs to and sees; T and -1 without any. 7 (for
+    the portable one): whether a query of the tile sees key 0 without that being its document's
+    first token. None where it would tell nothing: a causal mask's bounds are plain, and so, if
+    nobody asks for documents, or there is only one, is the rest.
     """
     if mask.is_causal and not (documents and not mask.one_document):
         return None

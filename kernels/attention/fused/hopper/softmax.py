@@ -19,9 +19,9 @@ def soften(
 ):  # fmt: skip
     """One step of the online softmax.
 
-    Returns p_MN, rescale_M, and renewed sum_M4, top_M, spread_M4, which are the portable forward
-    kernel's, and lane sums that hold one score: first_M4 key 0's, own_M4 that of document_M, the
-    first token of the query's document, which lies between earliest and latest.
+    Returns p_MN, rescale_M, and renewed sum_M4, top_M, spread_M4, which mean what the portable
+    forward kernel's do, and lane sums that hold one score: first_M4 key 0's, own_M4 that of
+    document_M, the first token of the query's document, which lies between earliest and latest.
     """
     if masked:
         seen_MN = visible(
