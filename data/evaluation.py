@@ -94,9 +94,7 @@ def own_batches(
     """
     plan = plan_in_order(documents.lengths_N, config)
     plan = plan.take(np.arange(min(num_rows, plan.num_rows)))
-    num_labels = int(
-        plan.labels_R(causal=config.mask is MaskKind.causal, pinned=config.pinned).sum()
-    )
+    num_labels = int(plan.labels_R(config.labels).sum())
     batches = []
     num_before = 0
     for part in _batches(plan, batch_rows):
@@ -151,7 +149,7 @@ def probe_batch(
         pieces = pieces._replace(length_P=pieces.length_P - 1)
     if bos is not BosKind.none and specials.bos is None:
         raise UserError("tokenizer.bos must be set for a probe with BOS, got None")
-    config = replace(config.without_interventions(), context=num_tokens, batch_tokens=num_tokens)
+    config = replace(config.plain(), context=num_tokens, batch_tokens=num_tokens)
     num_labels = len(pieces.length_P) * (num_tokens - 2)
     batch = _text_rows(documents, _plan_of_pieces(pieces), config, specials, bos, num_labels)
     # The last text token of ``text`` is not there to be predicted in ``bos_text``.
@@ -171,7 +169,7 @@ def _text_rows(
     has_bos = bos is not BosKind.none
     # A document that begins with its BOS and one after a pinned BOS are the same input.
     layout = replace(
-        config.without_interventions(),
+        config.plain(),
         packer=Packer.single,
         mask=MaskKind.causal,
         bos=BosKind.pinned if has_bos else BosKind.none,

@@ -20,7 +20,7 @@ from enum import StrEnum
 import numpy as np
 
 from data.best_fit import pack_best_fit
-from data.plan import Plan, pack_chunk, pack_single
+from data.plan import LabelRule, Plan, pack_chunk, pack_single
 from data.tokenizers import TokenizerConfig
 from kernels.errors import UserError, require
 
@@ -100,6 +100,16 @@ class PackingConfig:
     random_positions: list[int] = field(default_factory=list)
     """Positions whose tokens are drawn at random from the vocabulary, anew for each row."""
 
+    prefix: int = 0
+    """Tokens at the start of each row (mask causal) or document's piece (mask document) that see
+    each other both ways, a prefix language model (arXiv 2410.10781); they aren't predicted."""
+
+    loss_from: int = 0
+    """Position of the row from which on losses are taken; the targets before it only are read."""
+
+    loss_at_bos: bool = True
+    """Whether a BOS has a loss, that of the token after it (arXiv 2603.06591 trains without)."""
+
     def __post_init__(self):
         require(self.context >= 2, "packing.context", "must be >= 2", self.context)
         require(
@@ -126,6 +136,13 @@ class PackingConfig:
             "must be distinct",
             self.random_positions,
         )
+        for name in ("prefix", "loss_from"):
+            require(
+                0 <= getattr(self, name) < self.context,
+                f"packing.{name}",
+                f"must be in 0, ..., {self.context - 1}",
+                getattr(self, name),
+            )
         if self.fixed_position is not None:
             self._check_position("fixed_position", self.fixed_position)
         for position in self.random_positions:
@@ -146,9 +163,32 @@ class PackingConfig:
             position,
         )
 
-    def without_interventions(self) -> PackingConfig:
-        """The same packing with nothing written into its rows."""
-        return replace(self, fixed_position=None, fixed_token=None, random_positions=[])
+    def plain(self) -> PackingConfig:
+        """The same packing with nothing written into its rows, no prefix, and all losses."""
+        return replace(
+            self,
+            fixed_position=None,
+            fixed_token=None,
+            random_positions=[],
+            prefix=0,
+            loss_from=0,
+            loss_at_bos=True,
+        )
+
+    @property
+    def labels(self) -> LabelRule:
+        """Which positions of a row are labelled."""
+        causal = self.mask is MaskKind.causal
+        # The last token of a prefix predicts the first one after it.
+        unpredicted = max(0, self.prefix - 1)
+        return LabelRule(
+            causal=causal,
+            pinned=self.pinned,
+            first=max(self.loss_from, unpredicted if causal else 0),
+            first_of_piece=0 if causal else unpredicted,
+            at_pinned=self.loss_at_bos,
+            at_begin=self.loss_at_bos or self.bos is not BosKind.document,
+        )
 
     @property
     def batch_rows(self) -> int:

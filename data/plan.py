@@ -15,6 +15,25 @@ import numpy as np
 from data.documents import ranges
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelRule:
+    """Which positions of a row take a loss.
+
+    A token is labelled with the one after it, in the row or following it, if there is one and
+    (unless ``causal``) it is of the same document; a pinned BOS with the row's first token. Without
+    a label are positions of the row before ``first``, of a document's piece before
+    ``first_of_piece``, the pinned BOS unless ``at_pinned``, and the token that a document begins
+    with unless ``at_begin``.
+    """
+
+    causal: bool
+    pinned: int = 0
+    first: int = 0
+    first_of_piece: int = 0
+    at_pinned: bool = True
+    at_begin: bool = True
+
+
 @dataclass(frozen=True)
 class Plan:
     """Rows as segments of documents.
@@ -61,17 +80,28 @@ class Plan:
         same_R = self.document_S[last_R] == self.next_document_R
         return same_R & (self.offset_S[last_R] + self.length_S[last_R] == self.next_offset_R)
 
-    def labels_R(self, *, causal: bool, pinned: int) -> np.ndarray:
+    def labels_R(self, rule: LabelRule) -> np.ndarray:
         """int64: labelled positions of each row.
 
-        A segment of n tokens has n - 1 labels inside. Its last token is labelled with what follows
-        in the row or after it; within documents, only if that is its own document's next token.
-        A pinned BOS is labelled with the row's first token.
+        A segment of n tokens has n - 1 labels inside, and one at its end if what follows may be
+        predicted; those that the rule leaves out are its first ones.
         """
-        inside_R = self.tokens_R - self.segments_R + pinned
-        if causal:
-            return inside_R + self.segments_R - 1 + (self.next_document_R >= 0)
-        return inside_R + self.goes_on_R
+        labels_S = self.length_S.astype(np.int64)
+        last_R = self.row_offsets_R1[1:] - 1
+        if rule.causal:
+            labels_S[last_R] -= self.next_document_R < 0
+        else:
+            labels_S -= 1
+            labels_S[last_R] += self.goes_on_R
+        # Where each segment lies in its row.
+        start_S = self.length_S.cumsum(dtype=np.int64) - self.length_S
+        start_S += np.repeat(rule.pinned - start_S[self.row_offsets_R1[:-1]], self.segments_R)
+        without_S = np.maximum(rule.first - start_S, rule.first_of_piece)
+        if not rule.at_begin:
+            without_S = np.maximum(without_S, self.offset_S == 0)
+        labels_S -= np.clip(without_S, 0, labels_S)
+        at_pinned = rule.pinned * (rule.at_pinned and rule.first == 0)
+        return np.add.reduceat(labels_S, self.row_offsets_R1[:-1]) + at_pinned
 
     def with_documents(self, document_N: np.ndarray) -> Plan:
         """The same plan with document n renamed to ``document_N[n]``."""

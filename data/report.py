@@ -81,8 +81,12 @@ def packing_report(plan: Plan, text_lengths_N: np.ndarray, config: PackingConfig
 
 
 def _keys(length_S: np.ndarray, used_R: np.ndarray, config: PackingConfig) -> int:
-    if config.mask is MaskKind.causal:
-        return int((used_R * (used_R + 1) // 2).sum())
-    # A pinned BOS is one more key for every token, and sees itself.
-    inside = (length_S * (length_S + 1) // 2).sum()
-    return int(inside + config.pinned * (length_S.sum() + len(used_R)))
+    causal = config.mask is MaskKind.causal
+    extent = used_R if causal else length_S
+    # Those of a prefix see the later ones of it too.
+    prefix = np.minimum(extent, config.prefix)
+    keys = (extent * (extent + 1) // 2 + prefix * (prefix - 1) // 2).sum()
+    if not causal:
+        # A pinned BOS is one more key for every token, and sees itself.
+        keys += config.pinned * (length_S.sum() + len(used_R))
+    return int(keys)

@@ -13,7 +13,7 @@ import torch
 
 from data.documents import Documents, ranges
 from data.packing import BosKind, MaskKind, PackingConfig, PositionKind
-from data.plan import Plan
+from data.plan import LabelRule, Plan
 from data.tokenizers import TextTokenizer
 from kernels.masks import IntervalMask
 from models.batch import IGNORE_LABEL, PackedBatch, RowCursor
@@ -163,30 +163,46 @@ def finish_rows(
     num_labels: int,
     cursor: RowCursor = _START,
 ) -> PackedBatch:
-    """Labels and mask for gathered rows.
-
-    A token is labelled with the one after it, in the row or following it, if there is one and (mask
-    ``document``) it is of the same document; a pinned BOS is labelled with the row's first token.
-    """
-    document_BW = arrays.document_BW
-    labelled_BT = document_BW[:, 1:] >= 0
-    if config.mask is MaskKind.document:
-        same_BT = document_BW[:, 1:] == document_BW[:, :-1]
-        same_BT[:, : config.pinned] = True
-        labelled_BT &= same_BT
-    labels_BT = np.where(labelled_BT, arrays.tokens_BW[:, 1:], IGNORE_LABEL)
-    document_BT = torch.from_numpy(np.ascontiguousarray(document_BW[:, :-1]))
+    """Labels (see ``LabelRule``) and mask for gathered rows."""
+    document_BT = torch.from_numpy(np.ascontiguousarray(arrays.document_BW[:, :-1]))
     causal = config.mask is MaskKind.causal
+    # Under a causal mask every token sees a BOS at position 0 anyway.
+    mask = IntervalMask.from_documents(
+        document_BT, pinned=0 if causal else config.pinned, causal_across=causal
+    )
+    labelled_BT = _labelled(arrays, config.labels, mask.document_start_BT.numpy())
+    labels_BT = np.where(labelled_BT, arrays.tokens_BW[:, 1:], IGNORE_LABEL)
+    if config.prefix:
+        mask = mask.prefix(config.prefix, of_row=causal)
     return PackedBatch(
         tokens_BT=torch.from_numpy(np.ascontiguousarray(arrays.tokens_BW[:, :-1])),
         labels_BT=torch.from_numpy(labels_BT),
         positions_BT=torch.from_numpy(np.ascontiguousarray(arrays.positions_BT)),
         document_BT=document_BT,
         begins_BT=torch.from_numpy(np.ascontiguousarray(arrays.begins_BT)),
-        # Under a causal mask every token sees a BOS at position 0 anyway.
-        mask=IntervalMask.from_documents(
-            document_BT, pinned=0 if causal else config.pinned, causal_across=causal
-        ),
+        mask=mask,
         num_labels=torch.tensor(num_labels),
         cursor=cursor,
     )
+
+
+def _labelled(arrays: RowArrays, rule: LabelRule, start_BT: np.ndarray) -> np.ndarray:
+    """bool [B, T]: the positions that take a loss; ``start_BT``: where their piece begins."""
+    document_BW = arrays.document_BW
+    labelled_BT = document_BW[:, 1:] >= 0
+    if not rule.causal:
+        same_BT = document_BW[:, 1:] == document_BW[:, :-1]
+        same_BT[:, : rule.pinned] = True
+        labelled_BT &= same_BT
+    labelled_BT[:, : rule.first] = False
+    if not rule.at_pinned:
+        labelled_BT[:, : rule.pinned] = False
+    if rule.first_of_piece or not rule.at_begin:
+        offset_BT = np.arange(start_BT.shape[1]) - start_BT
+        left_out_BT = offset_BT < rule.first_of_piece
+        if not rule.at_begin:
+            left_out_BT |= arrays.begins_BT & (offset_BT == 0)
+        # A pinned BOS is no document's.
+        left_out_BT[:, : rule.pinned] = False
+        labelled_BT &= ~left_out_BT
+    return labelled_BT

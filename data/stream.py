@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.documents import Documents, DocumentSource
 from data.interventions import Interventions
-from data.packing import BosKind, MaskKind, PackingConfig, plan_epoch
+from data.packing import BosKind, PackingConfig, plan_epoch
 from data.parcel import Parcel, ParcelReceiver, ParcelSender
 from data.plan import Plan
 from data.rows import RowArrays, SpecialIds, concatenate, finish_rows, gather_rows
@@ -97,8 +97,7 @@ class TrainingStream:
     def _plan(self, epoch: int) -> EpochRows:
         documents = self._source.epoch(epoch)
         plan = plan_epoch(documents.lengths_N, self.config, self._data_seed, epoch)
-        causal = self.config.mask is MaskKind.causal
-        return EpochRows(documents, plan, plan.labels_R(causal=causal, pinned=self.config.pinned))
+        return EpochRows(documents, plan, plan.labels_R(self.config.labels))
 
     def advance(self, cursor: RowCursor, num_rows: int) -> RowRequest:
         """The next ``num_rows`` rows: their places, their labels, and the cursor after them."""

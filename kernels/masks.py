@@ -136,23 +136,30 @@ class IntervalMask:
         start_BT = torch.minimum(torch.maximum(self.start_BT, earliest_T), self.stop_BT)
         return replace(self, start_BT=start_BT, is_causal=False)
 
-    def prefix(self, prefix: int) -> IntervalMask:
-        """The prefix-LM mask: a document's first ``prefix`` tokens see each other both ways.
+    def prefix(self, prefix: int, *, of_row: bool = False) -> IntervalMask:
+        """The prefix-LM mask: the first ``prefix`` tokens see each other both ways.
 
-        stop = max(stop, min(document start + prefix, document end)); padding stays empty.
+        Of each document, stop = max(stop, min(document start + prefix, document end)); or of each
+        row, whatever its documents, where every query's start is 0. Padding stays empty.
         Raises ``UserError`` if ``prefix`` < 0.
         """
-        require(prefix >= 0, "attention.prefix", "must be >= 0", prefix)
-        num_tokens = self.num_tokens
+        require(prefix >= 0, "packing.prefix", "must be >= 0", prefix)
         first_BT = self.document_start_BT
-        # The end of a document is the nearest later position where another one begins.
-        next_start_BT = torch.full_like(first_BT, num_tokens)
-        next_start_BT[:, :-1] = torch.where(
-            first_BT[:, 1:] != first_BT[:, :-1], _positions_T(first_BT)[1:], num_tokens
-        )
-        end_BT = next_start_BT.flip(1).cummin(dim=1).values.flip(1)
-        reach_BT = torch.minimum(first_BT + prefix, end_BT)
-        stop_BT = torch.where(first_BT < 0, self.stop_BT, torch.maximum(self.stop_BT, reach_BT))
+        is_padding_BT = first_BT < 0
+        if of_row:
+            # Padding is at a row's end, so a row's tokens are as many as its queries.
+            end_B1 = (~is_padding_BT).sum(1, keepdim=True, dtype=torch.int32)
+            inside_BT = _positions_T(first_BT) < prefix
+            reach_BT = torch.where(inside_BT, end_B1.clamp(max=prefix), 0)
+        else:
+            # The end of a document is the nearest later position where another one begins.
+            next_start_BT = torch.full_like(first_BT, self.num_tokens)
+            next_start_BT[:, :-1] = torch.where(
+                first_BT[:, 1:] != first_BT[:, :-1], _positions_T(first_BT)[1:], self.num_tokens
+            )
+            end_BT = next_start_BT.flip(1).cummin(dim=1).values.flip(1)
+            reach_BT = torch.minimum(first_BT + prefix, end_BT)
+        stop_BT = torch.where(is_padding_BT, self.stop_BT, torch.maximum(self.stop_BT, reach_BT))
         return replace(self, stop_BT=stop_BT, is_causal=self.is_causal and prefix <= 1)
 
     def queries_per_key_BS(self) -> Tensor:

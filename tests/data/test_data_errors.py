@@ -100,6 +100,8 @@ MISTAKES = {
     "packing.fixed_token must be set together with packing.fixed_position, got None": lambda _: (
         PackingConfig(fixed_position=0)
     ),
+    "packing.prefix must be in 0, ..., 255, got 256": lambda _: PackingConfig(prefix=256),
+    "packing.loss_from must be in 0, ..., 255, got -1": lambda _: PackingConfig(loss_from=-1),
     "packing.fixed_position must be in the row of 256, got 256": lambda _: PackingConfig(
         fixed_position=256, fixed_token="a"
     ),

@@ -6,6 +6,7 @@ and where in it; BOS is 1, EOS 2, PAD 0.
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,9 @@ def packings(draw) -> tuple[Documents, PackingConfig]:
         positions=draw(st.sampled_from(PositionKind)),
         context=context,
         batch_tokens=context * draw(st.integers(1, 5)),
+        prefix=draw(st.integers(0, context - 1)) * draw(st.booleans()),
+        loss_from=draw(st.integers(0, context - 1)) * draw(st.booleans()),
+        loss_at_bos=draw(st.booleans()),
     )
     return numbered(draw(st.lists(st.integers(1, 50), min_size=1, max_size=30))), config
 
@@ -103,7 +107,7 @@ def test_labels_are_the_next_token_and_never_cross_a_masked_boundary(packing):
     plan = plan_in_order(documents.lengths_N, config)
     batch = finish_rows(gather_rows(documents, plan, config, SPECIALS), config, num_labels=0)
     causal = config.mask is MaskKind.causal
-    labels_R = plan.labels_R(causal=causal, pinned=config.pinned)
+    labels_R = plan.labels_R(config.labels)
     assert ((batch.labels_BT != IGNORE_LABEL).sum(1).numpy() == labels_R).all()
     for row in range(plan.num_rows):
         own = slice(*plan.row_offsets_R1[row : row + 2])
@@ -124,7 +128,17 @@ def test_labels_are_the_next_token_and_never_cross_a_masked_boundary(packing):
                 expected = whole[last_document + 1][0]
             else:
                 expected = IGNORE_LABEL
+            is_bos = tokens[i] == 1 and (config.loss_at_bos is False)
+            if i < config.loss_from or is_bos or _predicts_prefix(config, numbers, i):
+                expected = IGNORE_LABEL
             assert labels[i] == expected
+
+
+def _predicts_prefix(config, numbers, i):
+    """Whether the token after position i is one of a prefix that i sees."""
+    if config.mask is MaskKind.causal:
+        return i + 1 < config.prefix
+    return numbers[i] > 0 and i - numbers.index(numbers[i]) + 1 < config.prefix
 
 
 @settings(max_examples=100, deadline=None)
@@ -136,7 +150,12 @@ def test_masks_cross_documents_only_if_asked(packing):
     document_BT = batch.document_BT
     is_token_BT = document_BT >= 0
     visible_BTS = batch.mask.dense_BTS()
-    expected_BTS = visible_BTS.new_ones(config.context, config.context).tril()
+    earlier_BTS = visible_BTS.new_ones(config.context, config.context).tril()[None]
+    index_T = torch.arange(config.context)
+    first_BT = batch.mask.document_start_BT * (config.mask is MaskKind.document)
+    in_prefix_BT = index_T - first_BT < config.prefix
+    both_BTS = in_prefix_BT[:, :, None] & in_prefix_BT[:, None]
+    expected_BTS = earlier_BTS | both_BTS
     expected_BTS = expected_BTS & is_token_BT[:, :, None] & is_token_BT[:, None]
     if config.mask is MaskKind.document:
         may_see_BTS = document_BT[:, :, None] == document_BT[:, None]

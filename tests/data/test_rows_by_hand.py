@@ -256,7 +256,7 @@ def test_rows_are_as_written(case: ByHand, mask: MaskKind):
     assert batch.mask.document_start_BT.tolist() == written(case.document_start)
     assert batch.mask.pinned == int(case.bos == "pinned" and not causal)
 
-    counted = plan.labels_R(causal=causal, pinned=config.pinned).tolist()
+    counted = plan.labels_R(config.labels).tolist()
     assert counted == [sum(label != IGNORE_LABEL for label in row) for row in labels]
     report = packing_report(plan, documents.lengths_N, config)
     assert (report.tokens_cropped, report.documents_cut) == (case.cropped, case.cut)

@@ -157,6 +157,13 @@ def test_prefix_stops_at_the_documents_end():
     assert documents([[1, 1, 1]]).prefix(9).dense_BTS().all()
 
 
+def test_prefix_of_rows_crosses_documents():
+    mask = documents([[1, 1, 1, 2, 2, -1]], causal_across=True).prefix(4, of_row=True)
+    assert mask.stop_BT.tolist() == [[4, 4, 4, 4, 5, 0]]
+    short = documents([[1, 2, -1, -1]], causal_across=True).prefix(3, of_row=True)
+    assert short.stop_BT.tolist() == [[2, 2, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
@@ -240,7 +247,7 @@ WRONG = {
     "no_tokens": (lambda: IntervalMask.causal(1, 0), "mask.num_tokens must be >= 1, got 0"),
     "no_rows": (lambda: IntervalMask.causal(0, 1), "mask.batch_size must be >= 1, got 0"),
     "window_0": (lambda: IntervalMask.causal(1, 2).window(0), "attention.window must be >= 1"),
-    "prefix_-1": (lambda: IntervalMask.causal(1, 2).prefix(-1), "attention.prefix must be >= 0"),
+    "prefix_-1": (lambda: IntervalMask.causal(1, 2).prefix(-1), "packing.prefix must be >= 0"),
     "document_-2": (lambda: documents([[1, -2]]), "mask.document must be >= -1, got [1, -2]"),
     "bos_inside": (lambda: documents([[1, 1], [1, 0]]), "got [1, 0] in row 1"),
     "padding_inside": (lambda: documents([[1, -1, 1]]), "-1, padding, must end its row"),
