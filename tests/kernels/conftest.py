@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels.attention import api
+from kernels.attention import checks
 from kernels.attention.fused.tiles import override_tiles
 from tests.kernels import runs
 from tests.kernels.cases import GPU_CASES, INTERVAL_CASES, REFERENCE_CASES, Case, GpuCase
@@ -29,7 +29,7 @@ def _fast_interpreter():
     It patches ``triton.language`` anew for every call of a device function, makes a table of dtypes
     for every operation, and computes whether each sum of integers overflows, only to drop that.
     """
-    if not (api._HAS_TRITON and api._INTERPRETED):
+    if not (checks.HAS_TRITON and checks.INTERPRETED):
         yield
         return
     from triton import language

@@ -8,13 +8,13 @@ import torch
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
 
-from kernels.attention import api
+from kernels.attention import checks
 from kernels.attention.fused import tiles
 from kernels.attention.fused.tiles import Tile, override_tiles
 from kernels.masks import IntervalMask
 
 IN_INTERPRETER = [
-    pytest.mark.skipif(not api._INTERPRETED, reason="needs Triton's interpreter"),
+    pytest.mark.skipif(not checks.INTERPRETED, reason="needs Triton's interpreter"),
     pytest.mark.usefixtures("poisoned_memory"),
     # The kernels compute what `where` then drops; NumPy warns of it.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import StatisticsLevel, api, sink_attention
+from kernels.attention import StatisticsLevel, api, checks, sink_attention
 from kernels.errors import UserError
 from kernels.masks import DenseMask, IntervalMask
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 B, T, H, G, D, E = 2, 9, 4, 2, 8, 4
 INTERPRETED = pytest.mark.skipif(
-    not (api._HAS_TRITON and api._INTERPRETED), reason="needs Triton's interpreter"
+    not (checks.HAS_TRITON and checks.INTERPRETED), reason="needs Triton's interpreter"
 )
 IMPLEMENTATIONS = ["reference", "cpu", pytest.param("triton", marks=INTERPRETED)]
 
@@ -149,8 +149,8 @@ WRONG = {
 def test_a_wrong_argument_is_named(wrong, monkeypatch):
     if wrong.startswith("triton"):
         # Elsewhere the machine, or tensors on its CPU, would be what is refused.
-        monkeypatch.setattr(api, "_HAS_TRITON", True)
-        monkeypatch.setattr(api, "_INTERPRETED", True)
+        monkeypatch.setattr(checks, "HAS_TRITON", True)
+        monkeypatch.setattr(checks, "INTERPRETED", True)
     shapes, settings, message = WRONG[wrong]
     with pytest.raises(UserError) as caught:
         sink_attention(**{**inputs(**shapes), "mask": packed(), **settings})
@@ -180,15 +180,15 @@ def test_triton_names_what_it_lacks(monkeypatch):
         return str(caught.value)
 
     start = "attention.implementation triton can't run"
-    monkeypatch.setattr(api, "_HAS_TRITON", True)
-    monkeypatch.setattr(api, "_INTERPRETED", True)
+    monkeypatch.setattr(checks, "HAS_TRITON", True)
+    monkeypatch.setattr(checks, "INTERPRETED", True)
     assert refusal(torch.float64) == f"{start} torch.float64; use reference"
     assert refusal(torch.bfloat16) == (
         f"{start} torch.bfloat16 in Triton's interpreter, which computes it wrongly; use reference"
     )
-    monkeypatch.setattr(api, "_INTERPRETED", False)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     assert refusal() == f"{start} tensors on cpu; use reference"
-    monkeypatch.setattr(api, "_HAS_TRITON", False)
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
     assert refusal() == f"{start} without the package triton; use reference"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import api
+from kernels.attention import checks
 from kernels.masks import IntervalMask
 from models.attention import SoftmaxAttention
 from models.batch import PackedBatch
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 INTERPRETED = pytest.mark.skipif(
-    not (api._HAS_TRITON and api._INTERPRETED), reason="needs Triton's interpreter"
+    not (checks.HAS_TRITON and checks.INTERPRETED), reason="needs Triton's interpreter"
 )
 
 

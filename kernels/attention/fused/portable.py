@@ -22,6 +22,7 @@ from kernels.attention.fused.tensors import (
     parts,
     parts_of,
     precision_of,
+    second_part,
 )
 from kernels.attention.fused.tiles import Tile
 
@@ -58,7 +59,7 @@ def forward(
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0,
         HAS_NULL=null_logit_BHT is not None, HAS_SLOPES=slopes_H is not None,
         MEASURE=level != "off", ENTROPY=level == "full", ONE_DOCUMENT=mask.one_document,
-        HEAD_DIM=q_BTHD.shape[3], E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
+        HEAD_DIM=q_BTHD.shape[3], E0=parts_of(v_BTGE.shape[3])[0], E1=second_part(v_BTGE),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD),
         **tile.launch_options,
     )  # fmt: skip
@@ -86,7 +87,7 @@ def query_gradients(
         log_sum_BHt, shift_BHt,
         num_tokens, num_rows, num_heads, num_heads // k_BTGD.shape[2], call.scale,
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_SLOPES=call.slopes_H is not None,
-        D0=parts_of(q_BTHD.shape[3])[0], D1=_second(q_BTHD),
+        D0=parts_of(q_BTHD.shape[3])[0], D1=second_part(q_BTHD),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
     )  # fmt: skip
 
@@ -111,8 +112,8 @@ def key_gradients(
         num_tokens, log_sum_BHt.shape[2], num_groups, num_heads // num_groups, call.scale,
         CAUSAL=mask.is_causal, PINNED=mask.pinned > 0, HAS_SLOPES=call.slopes_H is not None,
         GRADIENTS=True, MEASURE=call.measures, EVEN=num_tokens % tile.queries == 0,
-        D0=parts_of(q_BTHD.shape[3])[0], D1=_second(q_BTHD),
-        E0=parts_of(v_BTGE.shape[3])[0], E1=_second(v_BTGE),
+        D0=parts_of(q_BTHD.shape[3])[0], D1=second_part(q_BTHD),
+        E0=parts_of(v_BTGE.shape[3])[0], E1=second_part(v_BTGE),
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
     )  # fmt: skip
 
@@ -141,8 +142,3 @@ def key_mass(
         D0=MIN_PART, D1=MIN_PART, E0=MIN_PART, E1=MIN_PART,
         BM=tile.queries, BN=tile.keys, PRECISION=precision_of(q_BTHD), **tile.launch_options,
     )  # fmt: skip
-
-
-def _second(x: Tensor) -> int:
-    """Width of the second part, or a placeholder's."""
-    return parts_of(x.shape[3])[1] or MIN_PART

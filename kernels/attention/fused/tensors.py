@@ -93,6 +93,11 @@ def parts_of(width: int) -> tuple[int, int]:
     return first, second
 
 
+def second_part(x: Tensor) -> int:
+    """Width of the second part of a tensor's last axis, or a placeholder's."""
+    return parts_of(x.shape[3])[1] or MIN_PART
+
+
 def parts(
     x: Tensor, rows: int, descriptor: Callable = TensorDescriptor
 ) -> tuple[TensorDescriptor, TensorDescriptor | None]:
