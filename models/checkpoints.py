@@ -139,7 +139,9 @@ def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         if _digest(path) != digest:
             raise UserError(f"{path} is damaged: its SHA-256 isn't the one in {CONFIG_FILE}")
-        return load_file(path)
+        # In memory of their own: a file's tensors lie unaligned, and products of such operands
+        # differ in their last bits.
+        return {name: weight.clone() for name, weight in load_file(path).items()}
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except SafetensorError as error:

@@ -5,7 +5,9 @@
     logits = unembed(norm(x))
 
 No biases and no dropout. The kinds of attention, position encoding, norm and feed-forward are
-looked up by name, so a new one is its file and one line in its dict; the mask comes with the batch.
+looked up by name, so a new one is its class and one line in its dict; the mask comes with the
+batch. A kind of attention may want a sink token, a learned vector that goes through the blocks
+beside every row: it sees itself alone, so one copy serves all rows.
 With softmax, rope, rms_norm and swiglu it computes what Hugging Face's ``LlamaForCausalLM`` does.
 
 Axes: B rows, T positions, S key positions, C width of the residual stream, H query heads, G key and
@@ -14,6 +16,7 @@ value heads, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 import torch
@@ -30,6 +33,14 @@ from models.initialization import INITIALIZATIONS
 from models.norms import NORMS, at_least_fp32
 from models.overrides import LayerOverride, check_overrides
 from models.positions import POSITIONS
+
+
+class NormPlace(StrEnum):
+    """Where the norms of a block are."""
+
+    before = "before"
+    after = "after"
+    both = "both"
 
 
 @dataclass(kw_only=True)
@@ -55,7 +66,11 @@ class DecoderConfig:
     """Inner width of the feed-forward."""
 
     norm: str = "rms_norm"
-    """Norm before each half of a block and before the unembedding: a name in NORMS."""
+    """Norm of the residual stream: a name in NORMS."""
+
+    norm_place: NormPlace = NormPlace.before
+    """before: of what each half of a block reads; after: of the sum with what it adds, and none
+    before the unembedding; both: of what it reads and of what it adds."""
 
     norm_eps: float = 1e-5
     """Added to the mean square inside a norm."""
@@ -66,8 +81,17 @@ class DecoderConfig:
     rope_base: float = 10000.0
     """Wavelength of rope's slowest pair of dimensions, over 2 pi, in tokens."""
 
+    rope_share: float = 1.0
+    """Share of a head's dimensions that rope turns, the first ones."""
+
+    max_positions: int = 2048
+    """Positions that learned positions have a vector for."""
+
     feed_forward: str = "swiglu"
     """Feed-forward: a name in FEED_FORWARDS."""
+
+    match_parameters: bool = False
+    """Widen feed-forwards of two matrices to 3/2 d_ff: as many parameters as those of three."""
 
     tie_embeddings: bool = False
     """Whether the unembedding is the embedding."""
@@ -82,10 +106,13 @@ class DecoderConfig:
     """Initial weights: a name in INITIALIZATIONS."""
 
     def __post_init__(self):
-        for field in ("num_layers", "d_model", "num_heads", "d_ff", "vocab_multiple"):
+        counts = ("num_layers", "d_model", "num_heads", "d_ff", "vocab_multiple", "max_positions")
+        for field in counts:
             require(
                 getattr(self, field) >= 1, f"model.{field}", "must be >= 1", getattr(self, field)
             )
+        in_range = 0 < self.rope_share <= 1
+        require(in_range, "model.rope_share", "must be > 0 and <= 1", self.rope_share)
         for field in ("num_kv_heads", "head_dim"):
             value = getattr(self, field)
             require(value is None or value >= 1, f"model.{field}", "must be >= 1 or null", value)
@@ -124,6 +151,12 @@ class DecoderConfig:
         """Width of a head, whether set or derived."""
         return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def resolved_d_ff(self) -> int:
+        """Inner width of the feed-forward, widened if its parameters are to match."""
+        narrow = self.match_parameters and len(FEED_FORWARDS[self.feed_forward].inputs) == 1
+        return self.d_ff * 3 // 2 if narrow else self.d_ff
+
 
 class LayerRecord(NamedTuple):
     """What one layer measured; nothing in it carries a gradient.
@@ -157,20 +190,31 @@ class NumParameters(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); ``model.norm_place`` moves the norms.
+
+    after: norm(x + attention(x)) (arXiv 1706.03762). both: x + norm(attention(norm(x))).
+    """
 
     def __init__(self, config: DecoderConfig, attention: AttentionConfig):
         super().__init__()
-        norm = NORMS[config.norm]
-        self.attention_norm = norm(config.d_model, config.norm_eps)
+
+        def norm() -> nn.Module:
+            return NORMS[config.norm](config.d_model, config.norm_eps)
+
+        self.place = config.norm_place
+        self.attention_norm = norm()
         self.attention = ATTENTIONS[attention_name(attention)](attention, config)
-        self.feed_forward_norm = norm(config.d_model, config.norm_eps)
-        self.feed_forward = FEED_FORWARDS[config.feed_forward](config.d_model, config.d_ff)
+        self.feed_forward_norm = norm()
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](config.d_model, config.resolved_d_ff)
+        has_both = self.place is NormPlace.both
+        self.attention_output_norm = norm() if has_both else nn.Identity()
+        self.feed_forward_output_norm = norm() if has_both else nn.Identity()
 
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> tuple[Tensor, LayerRecord]:
-        attended = self.attention(self.attention_norm(x_BTC), inputs)
-        x_BTC = x_BTC + attended.y_BTC
-        x_BTC = x_BTC + self.feed_forward(self.feed_forward_norm(x_BTC))
+        if inputs.sink_11C is not None:
+            inputs = inputs._replace(sink_11C=self._read(self.attention_norm, inputs.sink_11C))
+        attended = self.attention(self._read(self.attention_norm, x_BTC), inputs)
+        x_BTC = self._add_both(x_BTC, attended.y_BTC)
         if inputs.override is not None:
             x_BTC = inputs.override.block_output(x_BTC)
         hidden_norm_BT = None
@@ -182,6 +226,23 @@ class Block(nn.Module):
             value_norm_BTG=attended.value_norm_BTG,
             probabilities_BHTS=attended.probabilities_BHTS,
         )
+
+    def alone(self, x_11C: Tensor) -> Tensor:
+        """The block's output for a token that sees itself alone."""
+        return self._add_both(x_11C, self.attention.alone(self._read(self.attention_norm, x_11C)))
+
+    def _add_both(self, x_BTC: Tensor, attended_BTC: Tensor) -> Tensor:
+        x_BTC = self._add(self.attention_norm, self.attention_output_norm, x_BTC, attended_BTC)
+        y_BTC = self.feed_forward(self._read(self.feed_forward_norm, x_BTC))
+        return self._add(self.feed_forward_norm, self.feed_forward_output_norm, x_BTC, y_BTC)
+
+    def _read(self, norm: nn.Module, x_BTC: Tensor) -> Tensor:
+        return x_BTC if self.place is NormPlace.after else norm(x_BTC)
+
+    def _add(self, norm: nn.Module, output_norm: nn.Module, x_BTC: Tensor, y_BTC: Tensor) -> Tensor:
+        if self.place is NormPlace.after:
+            return norm(x_BTC + y_BTC)
+        return x_BTC + output_norm(y_BTC)
 
 
 class Decoder(nn.Module):
@@ -200,8 +261,19 @@ class Decoder(nn.Module):
         padded_size = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.embedding = nn.Embedding(padded_size, config.d_model)
         self.position = POSITIONS[config.position](config)
+        kind = ATTENTIONS[attention_name(attention)]
+        require(
+            kind.takes_slopes or not self.position.has_slopes,
+            "model.position",
+            f"must have no slopes for attention={attention_name(attention)}",
+            config.position,
+        )
+        self.sink_token = nn.Embedding(1, config.d_model) if kind.has_sink_token else None
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
-        self.norm = NORMS[config.norm](config.d_model, config.norm_eps)
+        is_normed = config.norm_place is NormPlace.after
+        self.norm = (
+            nn.Identity() if is_normed else NORMS[config.norm](config.d_model, config.norm_eps)
+        )
         self.unembedding = (
             None if config.tie_embeddings else nn.Linear(config.d_model, padded_size, bias=False)
         )
@@ -227,10 +299,15 @@ class Decoder(nn.Module):
         if overrides is not None:
             check_overrides(overrides, len(self.blocks))
         masks = self.layer_masks(batch.mask)
-        rotation = self.position.rotation(batch.positions_BT, self._precision)
+        positions_BT, sink_11C = batch.positions_BT, None
+        if self.sink_token is not None:
+            first_11 = torch.zeros_like(positions_BT[:1, :1])
+            sink_11C = self.position.embed(self.sink_token(first_11), first_11)
+            positions_BT = positions_BT + 1
+        rotation = self.position.rotation(positions_BT, self._precision)
         slopes_H = self.position.slopes(batch.tokens_BT.device)
 
-        x_BTC = self.position.embed(self.embedding(batch.tokens_BT), batch.positions_BT)
+        x_BTC = self.position.embed(self.embedding(batch.tokens_BT), positions_BT)
         records = []
         for layer, block in enumerate(self.blocks):
             inputs = LayerInputs(
@@ -240,16 +317,19 @@ class Decoder(nn.Module):
                 statistics=statistics,
                 key_mass_tap_BHS=None if key_mass_taps is None else key_mass_taps[layer],
                 override=None if overrides is None else overrides.get(layer),
+                sink_11C=sink_11C,
             )
             x_BTC, record = block(x_BTC, inputs)
             records.append(record)
+            if sink_11C is not None:
+                sink_11C = block.alone(sink_11C)
         weight_VC = (self.embedding if self.unembedding is None else self.unembedding).weight
         logits_BTV = F.linear(self.norm(x_BTC), weight_VC)[..., : self.vocab_size]
         return DecoderOutput(logits_BTV, tuple(records))
 
     def layer_masks(self, mask: IntervalMask) -> list[IntervalMask]:
         """What each layer sees of a batch's mask; layers with the same window share one object."""
-        windows = [block.attention.config.window for block in self.blocks]
+        windows = [b.attention.config.window_of(layer) for layer, b in enumerate(self.blocks)]
         masks = {w: mask if w is None else mask.window(w) for w in set(windows)}
         return [masks[w] for w in windows]
 
@@ -267,6 +347,11 @@ class Decoder(nn.Module):
             )
             for _ in self.blocks
         ]
+
+    @property
+    def alpha_kind(self) -> str:
+        """What statistics are of: ``probability`` or ``proxy`` (see ``models.attention.base``)."""
+        return self.blocks[0].attention.alpha_kind
 
     def num_parameters(self) -> NumParameters:
         """How many parameters there are; tied embeddings count once."""

@@ -5,22 +5,84 @@ Axes: B rows, T positions, C width of the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class SwiGLU(nn.Module):
-    """y = W_output (silu(W_gate x) * W_up x) with inner width d_ff (Shazeer, arXiv 2002.05202)."""
+class FeedForward(nn.Module):
+    """y = W_output a(W_up x), inner width d_ff; a is the kind's ``activation``."""
+
+    activation: ClassVar[Callable[[Tensor], Tensor]]
+    inputs: ClassVar[tuple[str, ...]] = ("up",)
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
+        for name in self.inputs:
+            self.add_module(name, nn.Linear(d_model, d_ff, bias=False))
         self.output = nn.Linear(d_ff, d_model, bias=False)
 
+    def inner(self, x_BTC: Tensor) -> Tensor:
+        """What the output projection takes, [B, T, d_ff]."""
+        return self.activation(self.up(x_BTC))
+
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.output(F.silu(self.gate(x_BTC)) * self.up(x_BTC))
+        return self.output(self.inner(x_BTC))
 
 
-FEED_FORWARDS: dict[str, type[nn.Module]] = {"swiglu": SwiGLU}
-"""``model.feed_forward``: classes built from (d_model, d_ff) whose last linear is ``output``."""
+class GatedFeedForward(FeedForward):
+    """y = W_output (a(W_gate x) * W_up x) (Shazeer, arXiv 2002.05202)."""
+
+    inputs = ("gate", "up")
+
+    def inner(self, x_BTC: Tensor) -> Tensor:
+        return self.activation(self.gate(x_BTC)) * self.up(x_BTC)
+
+
+class ReLU(FeedForward):
+    """a(x) = max(x, 0)."""
+
+    activation = staticmethod(F.relu)
+
+
+class GeLU(FeedForward):
+    """a(x) = x Phi(x), Phi the normal distribution function (arXiv 1606.08415)."""
+
+    activation = staticmethod(F.gelu)
+
+
+class Swish(FeedForward):
+    """a(x) = x / (1 + exp(-x)), SiLU too (arXiv 1710.05941)."""
+
+    activation = staticmethod(F.silu)
+
+
+class ReGLU(GatedFeedForward):
+    """Gated by ReLU."""
+
+    activation = staticmethod(F.relu)
+
+
+class GeGLU(GatedFeedForward):
+    """Gated by GeLU."""
+
+    activation = staticmethod(F.gelu)
+
+
+class SwiGLU(GatedFeedForward):
+    """Gated by Swish."""
+
+    activation = staticmethod(F.silu)
+
+
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "relu": ReLU,
+    "gelu": GeLU,
+    "swish": Swish,
+    "reglu": ReGLU,
+    "geglu": GeGLU,
+    "swiglu": SwiGLU,
+}
+"""``model.feed_forward``: subclasses of ``FeedForward``."""

@@ -42,8 +42,11 @@ def to_huggingface(decoder: Decoder) -> tuple[dict, dict[str, Tensor]]:
     for setting, value, needed in (
         ("attention", attention_name(decoder.attention_config), "softmax"),
         ("attention.window", decoder.attention_config.window, None),
+        ("attention.row_sum", getattr(decoder.attention_config, "row_sum", 1.0), 1.0),
         ("model.norm", model.norm, "rms_norm"),
+        ("model.norm_place", model.norm_place.value, "before"),
         ("model.position", model.position, "rope"),
+        ("model.rope_share", model.rope_share, 1.0),
         ("model.feed_forward", model.feed_forward, "swiglu"),
     ):
         shown = "null" if needed is None else needed

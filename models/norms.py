@@ -27,5 +27,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(at_least_fp32(x), weight.shape, weight, self.eps).to(x.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm}
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last axis (Ba et al., arXiv
+    1607.06450), computed in fp32 or better and returned in x's dtype.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = at_least_fp32(self.weight), at_least_fp32(self.bias)
+        return F.layer_norm(at_least_fp32(x), weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}
 """``model.norm``: classes built from (width, eps) that map [..., width] to the same shape."""

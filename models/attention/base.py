@@ -3,7 +3,7 @@
 A kind is a subclass with a ``Config`` of its own that overrides the hooks it needs:
 
     project   x -> q, k, v           (QK-norm, a gate on the values)
-    attend    q, k, v, mask -> out   (the kernel: a null slot, a similarity instead of softmax)
+    attend    q, k, v, mask -> out   (the kernel: softmax, whose ``slot`` is a hook; a similarity)
     finish    out, x -> out          (a gate or a norm on the heads' outputs)
 
 Axes: B rows, T query and S key positions, C width of the residual stream, H query heads, G key and
@@ -12,7 +12,7 @@ value heads, D head dim of queries and keys, E of values.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from models.overrides import LayerOverride
 from models.positions import Rotation
 
 if TYPE_CHECKING:
+    from kernels.similarity import SimilarityOutput
     from models.decoder import DecoderConfig
 
 
@@ -36,32 +37,46 @@ class AttentionConfig:
     window: int | None = None
     """Keys a query sees at most, itself included, in tokens; null = all that its mask allows."""
 
+    global_every: int | None = None
+    """Every n-th layer, from layer n on, has no window; null = all have it."""
+
     implementation: str = "auto"
     """Kernel that computes it: auto takes the fastest that can, another name forces that one."""
 
     def __post_init__(self):
         valid = self.window is None or self.window >= 1
         require(valid, "attention.window", "must be >= 1 or null", self.window)
+        every = self.global_every
+        valid = every is None or (every >= 1 and self.window is not None)
+        allowed = "must be >= 1 beside a window, or null"
+        require(valid, "attention.global_every", allowed, every)
         allowed = f"must be one of {', '.join(IMPLEMENTATIONS)}"
         known = self.implementation in IMPLEMENTATIONS
         require(known, "attention.implementation", allowed, self.implementation)
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, None where it sees all that its mask allows."""
+        every = self.global_every
+        return None if every is not None and (layer + 1) % every == 0 else self.window
 
 
 class LayerInputs(NamedTuple):
     """What a layer gets beside the residual stream; only tap and override differ between layers.
 
-    mask: the layer's own, its window included.
+    mask: the layer's own, its window included; dense under an override.
     rotation, slopes_H: of the position encoding, None where it has none.
     statistics: off, basic or full.
     key_mass_tap_BHS: leaf whose gradient will be the key mass, or None.
+    sink_11C: the sink token's normed residual stream, of kinds that have one.
     """
 
-    mask: IntervalMask
+    mask: IntervalMask | DenseMask
     rotation: Rotation | None
     slopes_H: Tensor | None
     statistics: str
     key_mass_tap_BHS: Tensor | None
     override: LayerOverride | None
+    sink_11C: Tensor | None = None
 
 
 class Attended(NamedTuple):
@@ -79,16 +94,27 @@ class Attended(NamedTuple):
 
 
 class Attention(nn.Module, ABC):
-    """Multi-head attention with grouped key and value heads and no biases."""
+    """Multi-head attention with grouped key and value heads and no biases.
+
+    alpha_kind: what the statistics are sums of: ``probability``, or ``proxy`` where the weights of
+    a query don't sum to 1 and alpha is |weight| over their absolute sum (arXiv 2410.10781, section
+    7). takes_slopes: whether ALiBi's slopes can be added to its scores. has_sink_token: whether the
+    decoder is to carry a sink token for it.
+    """
 
     Config: type[AttentionConfig]
+    alpha_kind: ClassVar[str] = "probability"
+    takes_slopes: ClassVar[bool] = True
+    has_sink_token: ClassVar[bool] = False
 
     def __init__(self, config: AttentionConfig, model: "DecoderConfig"):
         super().__init__()
         self.config = config
+        self.num_heads = model.num_heads
+        self.num_groups = model.resolved_num_kv_heads
         self.head_dim = model.resolved_head_dim
         query_width = model.num_heads * self.head_dim
-        key_width = model.resolved_num_kv_heads * self.head_dim
+        key_width = self.num_groups * self.head_dim
         self.query = nn.Linear(model.d_model, query_width, bias=False)
         self.key = nn.Linear(model.d_model, key_width, bias=False)
         self.value = nn.Linear(model.d_model, key_width, bias=False)
@@ -108,13 +134,10 @@ class Attention(nn.Module, ABC):
         q_BTHD: Tensor,
         k_BTGD: Tensor,
         v_BTGE: Tensor,
-        mask: IntervalMask | DenseMask,
-        **kernel,
-    ) -> AttentionOutput:
-        """Attention over the keys that ``mask`` shows.
-
-        kernel: passed on as it is: slopes_H, statistics, key_mass_tap_BHS, implementation.
-        """
+        inputs: LayerInputs,
+        implementation: str,
+    ) -> "AttentionOutput | SimilarityOutput":
+        """Attention over the keys that ``inputs.mask`` shows, by a kernel of that name."""
 
     def finish(self, out_BTHE: Tensor, x_BTC: Tensor) -> Tensor:
         """The heads' outputs as the output projection takes them."""
@@ -124,19 +147,11 @@ class Attention(nn.Module, ABC):
         q_BTHD, k_BTGD, v_BTGE = self.project(x_BTC)
         if inputs.rotation is not None:
             q_BTHD, k_BTGD = inputs.rotation(q_BTHD), inputs.rotation(k_BTGD)
-        mask, override = inputs.mask, inputs.override
+        override, implementation = inputs.override, self.config.implementation
         if override is not None:
-            q_BTHD, k_BTGD, v_BTGE, mask = override.inputs(q_BTHD, k_BTGD, v_BTGE, mask)
-        result = self.attend(
-            q_BTHD,
-            k_BTGD,
-            v_BTGE,
-            mask,
-            slopes_H=inputs.slopes_H,
-            statistics=inputs.statistics,
-            key_mass_tap_BHS=inputs.key_mass_tap_BHS,
-            implementation=self.config.implementation if override is None else "reference",
-        )
+            q_BTHD, k_BTGD, v_BTGE, mask = override.inputs(q_BTHD, k_BTGD, v_BTGE, inputs.mask)
+            inputs, implementation = inputs._replace(mask=mask), "reference"
+        result = self.attend(q_BTHD, k_BTGD, v_BTGE, inputs, implementation)
         value_norm_BTG = probabilities_BHTS = None
         if inputs.statistics != "off":
             value_norm_BTG = torch.linalg.vector_norm(at_least_fp32(v_BTGE.detach()), dim=-1)
@@ -148,3 +163,9 @@ class Attention(nn.Module, ABC):
             value_norm_BTG=value_norm_BTG,
             probabilities_BHTS=probabilities_BHTS,
         )
+
+    def alone(self, x_11C: Tensor) -> Tensor:
+        """What the layer adds for a token that sees itself alone: its own value, projected."""
+        _, _, v_11GE = self.project(x_11C)
+        out_11HE = v_11GE.repeat_interleave(self.num_heads // v_11GE.shape[2], dim=2)
+        return self.output(self.finish(out_11HE, x_11C).flatten(2))
