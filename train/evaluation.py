@@ -62,7 +62,8 @@ def evaluate(
                 decoder, [data.probe_batch(kind, HORIZON, probe_rows)], device, totals
             )
             metrics[f"{prefix}/loss"] = loss
-            metrics |= sink_metrics(totals, {"first": prefix, "null": f"{prefix}_null"})
+            names = {"first": "", "null": "_null", "first_of_keys": "_of_keys"}
+            metrics |= sink_metrics(totals, {key: prefix + end for key, end in names.items()})
             result.probes[kind] = totals
     if data.trigger_ids is not None:
         trigger_ids = torch.from_numpy(data.trigger_ids).to(device)

@@ -100,10 +100,15 @@ def _sinks_by_layer(first: pd.DataFrame) -> Figure:
     axis.plot(baseline.index, baseline, label="uniform attention", **BASELINE)
     _log_steps(axis, first["step"])
     axis.set_ylim(0, max(0.2, 1.1 * first.groupby(["step", "layer"])["alpha"].mean().max()))
-    axis.set_ylabel("mean attention to the first key")
+    axis.set_ylabel(f"mean attention to the first key{_proxy(first)}")
     axis.set_title("First key, first 64 queries of a row")
     axis.legend(frameon=False, ncols=1 + len(layers) // 8, fontsize=8, loc="upper left")
     return figure
+
+
+def _proxy(table: pd.DataFrame) -> str:
+    """A mark for weights that don't sum to 1, whose shares aren't probabilities."""
+    return " (proxy)" if (table["alpha_kind"] == "proxy").any() else ""
 
 
 def _sinks_by_head(first: pd.DataFrame) -> Figure:
@@ -122,7 +127,7 @@ def _sinks_by_head(first: pd.DataFrame) -> Figure:
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
     axis.set(xlabel="head", ylabel="layer", title=f"Attention to the first key, step {step}")
-    bar = figure.colorbar(image, ax=axis, label="mean attention")
+    bar = figure.colorbar(image, ax=axis, label=f"mean attention{_proxy(first)}")
     uniform = first[first["step"] == step]["baseline"].mean()
     bar.ax.axhline(uniform, **BASELINE)
     bar.ax.text(

@@ -16,6 +16,7 @@ Keys that are measured (the ``kind``):
     document       the first token of each document that begins in the row and has at least 64
                    tokens, over the document's first 64 queries
     null           the null slot over the row's first 64 queries
+    first_of_keys  ``first`` with a null slot left out: alpha_first / (1 - alpha_null)
     position       keys 0, 1, ... of the row over all queries that see them
 
 Axes: L layers, H heads, B rows, T queries, K blocks of 64 positions, P leading positions,
@@ -241,8 +242,13 @@ def layer_sums(
         "first_row": first_key_sums(statistics.first_mass_BHT, mask, whole_row=True),
         "document": document_sums(statistics.document_mass_BHT, mask, begins_BT),
     }
-    if statistics.null_mass_BHT is not None:
-        sums["null"] = null_slot_sums(statistics.null_mass_BHT, mask)
+    null_mass_BHT = statistics.null_mass_BHT
+    if null_mass_BHT is not None:
+        sums["null"] = null_slot_sums(null_mass_BHT, mask)
+        # Sample by sample, over the same queries; all 0 where the slot gets everything.
+        left_BH = (1 - null_mass_BHT[..., :HORIZON].mean(-1)).clamp(min=1e-12)
+        of_keys_BHT = statistics.first_mass_BHT / left_BH[..., None]
+        sums["first_of_keys"] = first_key_sums(of_keys_BHT, mask)
     if statistics.key_mass_BHS is not None:
         sums["position"] = position_sums(statistics.key_mass_BHS, mask, positions)
     return {kind: value for kind, value in sums.items() if value is not None}

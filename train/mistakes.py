@@ -11,7 +11,13 @@ from kernels.errors import UserError
 NOISE = (
     # What it appends is no setting of ours.
     "To append to your config use",
-    "object_type=", "reference_", "Config search path:", "provider=", "See https://", "^")
+    "object_type=",
+    "reference_",
+    "Config search path:",
+    "provider=",
+    "See https://",
+    "^",
+)
 """Beginnings of lines of Hydra's messages that help nobody who mistyped a setting."""
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)

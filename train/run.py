@@ -9,7 +9,7 @@ from rich.console import Console
 
 from data.module import TokenDataModule
 from kernels.attention import StatisticsLevel
-from kernels.errors import UserError
+from kernels.errors import UserError, require
 from models.decoder import Decoder
 from train.callbacks.checkpoints import CheckpointSchedule, RandomState, check_state_file
 from train.callbacks.progress import ProgressDisplay
@@ -67,6 +67,7 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
         config.tracking.statistics,
         config.packing.batch_tokens,
     )
+    _check_positions(module.decoder, config.packing.context)
     step = check_state_file(folder, module, data) if resuming else -1
     if step >= config.trainer.max_steps:
         raise UserError(
@@ -148,6 +149,14 @@ def _callbacks(
     if config.trainer.progress:
         callbacks.append(ProgressDisplay(console, rows, max_steps))
     return validation, rows, callbacks
+
+
+def _check_positions(decoder: Decoder, context: int) -> None:
+    """Raise ``UserError`` if a row is longer than the position encoding knows."""
+    known = decoder.position.max_positions
+    needed = context + (decoder.sink_token is not None)
+    allowed = f"must be >= {needed} for packing.context = {context}"
+    require(known is None or needed <= known, "model.max_positions", allowed, known)
 
 
 def _data_provenance(data: TokenDataModule) -> dict:

@@ -17,6 +17,7 @@ PREFIXES = {
     "first_row": "sink_row",
     "document": "sink_document",
     "null": "sink_null",
+    "first_of_keys": "sink_of_keys",
 }
 """Metric prefix by kind of key; single positions are in the table only."""
 
@@ -66,9 +67,10 @@ def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dic
     return metrics
 
 
-def sink_table(totals: SinkTotals) -> pd.DataFrame:
+def sink_table(totals: SinkTotals, alpha_kind: str) -> pd.DataFrame:
     """One line a (layer, head, key): key kind, position (-1 but for positions), count of samples,
-    mean alpha and baseline, and the number of samples above each threshold."""
+    mean alpha and baseline, the number of samples above each threshold, and ``alpha_kind``: whether
+    alpha is a probability or a proxy."""
     tables = []
     for kind, sums in totals.sums.items():
         count, alpha, baseline, over = (
@@ -93,6 +95,7 @@ def sink_table(totals: SinkTotals) -> pd.DataFrame:
         for index, eps in enumerate(THRESHOLDS):
             name = f"over_{threshold_name(eps)}"
             columns[name] = over[..., index].flatten().to(torch.int64).numpy()
+        columns["alpha_kind"] = alpha_kind
         table = pd.DataFrame(columns)
         tables.append(table[table["count"] > 0])
     return pd.concat(tables, ignore_index=True)

@@ -49,6 +49,8 @@ def print_summary(
         title = {"text": "text", "bos_text": "BOS + text"}[kind]
         baseline = f"uniform {metrics.get(f'{prefix}/baseline', float('nan')):.3f}"
         add(f"{title}: first key's mass, T=64", f"{prefix}/mass", baseline + note)
+        add(f"{title}: slot's mass", f"{prefix}_null/mass", "attention beside the keys")
+        add(f"{title}: first key's of the keys'", f"{prefix}_of_keys/mass", "mass / (1 - slot's)")
         add(f"{title}: heads over 0.3", f"{prefix}/rate_030", "share of (sample, layer, head)")
         add(f"{title}: loss", f"{prefix}/loss", "on the same labels")
     if "backcopy/non_trigger_mass" in metrics:

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import torch
 
-from kernels.attention import sink_attention
+from kernels.attention import Statistics, sink_attention
 from kernels.masks import IntervalMask
 from train.metrics import (
     THRESHOLDS,
     document_sums,
     first_key_sums,
+    layer_sums,
     long_document_starts,
     null_slot_sums,
     position_sums,
@@ -133,6 +134,23 @@ def test_null_slot_mass_has_a_baseline_that_counts_the_slot():
     assert sums.baseline[0].item() == pytest.approx(expected)
 
 
+def test_the_first_key_of_the_keys_leaves_the_slot_out_sample_by_sample():
+    slot_BH = torch.tensor([[0.2, 0.5], [0.8, 1.0]])
+    first_BHT = torch.full((2, 2, 64), 0.1) * torch.tensor([[1.0, 2.0], [1.0, 0.0]])[..., None]
+    statistics = Statistics(
+        first_mass_BHT=first_BHT,
+        document_mass_BHT=first_BHT,
+        null_mass_BHT=slot_BH[..., None].expand(2, 2, 64),
+        key_mass_BHS=None,
+        max_logit_BH=torch.zeros(2, 2),
+        entropy_BHT=None,
+    )
+    begins_BT = torch.ones(2, 64, dtype=torch.bool)
+    sums = layer_sums(statistics, IntervalMask.causal(2, 64), begins_BT, positions=4)
+    of_keys = sums["first_of_keys"].alpha
+    torch.testing.assert_close(of_keys, torch.tensor([0.1 / 0.8 + 0.1 / 0.2, 0.2 / 0.5 + 0.0]))
+
+
 @pytest.mark.parametrize("window", [None, 70], ids=["causal", "window70"])
 def test_positions_of_uniform_attention_equal_their_baseline(window):
     torch.manual_seed(0)
@@ -163,7 +181,8 @@ def test_metrics_and_table_name_the_three_aggregations():
     assert metrics["sink/rate_080_of_means"] == 0.0
     assert metrics["sink/mass/layer_00"] == metrics["sink/mass"]
     assert not any("from_layer" in name for name in metrics)
-    table = sink_table(totals)
+    table = sink_table(totals, "probability")
     assert isinstance(table, pd.DataFrame)
     assert table["over_030"].tolist() == [1, 2]
+    assert set(table["alpha_kind"]) == {"probability"}
     assert math.isclose(table["alpha"][0], 0.45, rel_tol=1e-6)

@@ -52,6 +52,14 @@ WRONG_SETTINGS = {
     ),
     "no layers": (["model.num_layers=0"], "model.num_layers must be >= 1, got 0"),
     "odd head dim under rope": (["model.head_dim=7"], "model.head_dim"),
+    "more positions than learned": (
+        ["model.position=learned", "model.max_positions=100"],
+        "model.max_positions must be >= 128 for packing.context = 128, got 100",
+    ),
+    "slopes for a window of no layer": (
+        ["attention.global_every=2"],
+        "attention.global_every must be >= 1 beside a window, or null, got 2",
+    ),
     "unknown norm": (["model.norm=batch"], "model.norm must be one of"),
     "unknown implementation": (
         ["attention.implementation=fast"],

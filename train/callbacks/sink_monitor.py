@@ -70,7 +70,7 @@ class SinkMonitor(L.Callback):
         pl_module.record(attention_metrics(self.parts))
         pl_module.record(norm_ratios(self.parts))
         self.parts = []
-        table = sink_table(totals)
+        table = sink_table(totals, pl_module.decoder.alpha_kind)
         if trainer.is_global_zero and len(table):
             self.records.append(table.assign(step=step, tokens=pl_module.tokens))
             if len(self.records) >= FLUSH_RECORDS:
