@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from data.corpora import CORPORA
 from data.corpora.files import FilesCorpus
+from models.decoder import Decoder
 from train.config import compose
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,12 @@ def test_every_corpus_preset_is_one_that_can_be_opened(name):
 def test_every_experiment_composes_at_full_size_and_tells_its_command(name):
     config, _ = compose([f"experiment={name}"])
     assert config.trainer.max_steps > 100
-    assert f"experiment={name}" in (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    assert f"experiment={name}" in text
+    with torch.device("meta"):
+        decoder = Decoder(config.model, config.attention, vocab_size=1000)
+    count = decoder.num_parameters().non_embedding
+    assert f"# Parameters: {count:,} without embeddings." in text
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
