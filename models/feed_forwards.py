@@ -77,6 +77,14 @@ class SwiGLU(GatedFeedForward):
     activation = staticmethod(F.silu)
 
 
+class SquaredReLU(FeedForward):
+    """a(x) = max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+
+    @staticmethod
+    def activation(x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "relu": ReLU,
     "gelu": GeLU,
@@ -84,5 +92,6 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "reglu": ReGLU,
     "geglu": GeGLU,
     "swiglu": SwiGLU,
+    "squared_relu": SquaredReLU,
 }
 """``model.feed_forward``: subclasses of ``FeedForward``."""
