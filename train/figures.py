@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from train.run_folder import RunFolder
 
@@ -63,8 +63,10 @@ def _log_steps(axis: Axes, steps: pd.Series) -> None:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers; a short one evenly."""
+    low, high = axis.get_data_interval()
+    locator = LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6)
+    axis.set_major_locator(locator)
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -78,8 +80,12 @@ def _losses(metrics: pd.DataFrame) -> Figure:
     figure, (axis,) = _new()
     series = {
         "train/loss": ("training", {"color": "0.6"}),
-        "val/own_loss": ("held out, packed alike", {"color": "tab:blue", "marker": "."}),
-        "val/canonical_loss": ("held out, canonical", {"color": "tab:red", "marker": "."}),
+        "val/canonical_loss": ("held out, canonical", {"color": "tab:red", "marker": "o"}),
+        # Often over the other: dashed, so that both are seen.
+        "val/own_loss": (
+            "held out, packed alike",
+            {"color": "tab:blue", "marker": ".", "linestyle": "--"},
+        ),
     }
     for name, (label, style) in series.items():
         if name in metrics:
