@@ -134,5 +134,7 @@ def build_wandb_logger(
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(console="off", silent=True),
     )
+    # Lightning names it even unset, and W&B warns of the name.
+    logger._wandb_init.pop("anonymous", None)
     logger.log_hyperparams(settings)
     return logger
