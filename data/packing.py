@@ -102,7 +102,8 @@ class PackingConfig:
 
     prefix: int = 0
     """Tokens at the start of each row (mask causal) or document's piece (mask document) that see
-    each other both ways, a prefix language model (arXiv 2410.10781); they aren't predicted."""
+    each other both ways, a prefix language model (arXiv 2410.10781); they aren't predicted, but
+    for the first by a pinned BOS that isn't of the prefix (mask document)."""
 
     loss_from: int = 0
     """Position of the row from which on losses are taken; the targets before it only are read."""
@@ -143,6 +144,12 @@ class PackingConfig:
                 f"must be in 0, ..., {self.context - 1}",
                 getattr(self, name),
             )
+        require(
+            self.loss_at_bos or self.bos is not BosKind.none,
+            "packing.loss_at_bos",
+            "must be true without a BOS (packing.bos=none)",
+            self.loss_at_bos,
+        )
         if self.fixed_position is not None:
             self._check_position("fixed_position", self.fixed_position)
         for position in self.random_positions:

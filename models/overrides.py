@@ -4,6 +4,9 @@
     decoder(batch, {0: LayerOverride(output=clean_BTC)})      activation patching
     decoder(batch, {2: LayerOverride()}).layers[2].probabilities_BHTS     an attention matrix
 
+A slot (a bias, a sink token) is no key: replaced values and masks leave it as it is, but for
+queries whose mask hides every key, which have no slot either.
+
 A callable sees the tensor it may replace, so one that keeps it and returns it unchanged reads it.
 
 Axes: B rows, T query and S key positions, C width of the residual stream, H query heads, G key and

@@ -130,14 +130,13 @@ class ALiBi(Position):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        num_heads = config.num_heads
-        lower = 2 ** int(math.log2(num_heads))
-        exponents = [8 * (h + 1) / lower for h in range(lower)]
-        exponents += [4 * (h + 1) / lower for h in range(0, 2 * (num_heads - lower), 2)]
-        self.exponents = exponents
+        self.num_heads = config.num_heads
 
     def slopes(self, device: torch.device) -> Tensor:
-        return 2.0 ** -torch.tensor(self.exponents, dtype=torch.float32, device=device)
+        lower = 2 ** int(math.log2(self.num_heads))
+        exponent_H = torch.arange(1, lower + 1, device=device) * 8 / lower
+        odd = 2 * torch.arange(self.num_heads - lower, device=device) + 1
+        return 2.0 ** -torch.cat([exponent_H, odd * 4 / lower])
 
 
 def _angles(positions_BT: Tensor, num_pairs: int, base: float, dtype: torch.dtype) -> Tensor:

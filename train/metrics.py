@@ -1,9 +1,9 @@
 """Sink metrics: from the attention statistics of a batch to the numbers that are logged.
 
 alpha_k, the attention key k gets, is the mean over the queries that see k, itself included
-(arXiv 2410.10781). A head that attends uniformly has alpha = mean of 1 / (keys the query sees),
-the *baseline*; ``excess`` = alpha - baseline. Since both fall with length, the headline figures are
-taken over a horizon of 64 queries, and a key counts only if 64 queries see it.
+(arXiv 2410.10781). A head that attends uniformly has alpha = mean of 1 / (keys the query sees, a
+slot included), the *baseline*; ``excess`` = alpha - baseline. Since both fall with length, the
+headline figures are taken over a horizon of 64 queries, and a key counts only if 64 queries see it.
 
 Sink_k^eps = share of (layer, head) pairs with alpha_k > eps. Each sample is thresholded for itself,
 then averaged (the released code of 2410.10781); so what is summed over micro-batches, steps and
@@ -34,6 +34,9 @@ from kernels.masks import DenseMask, IntervalMask
 
 HORIZON = 64
 """Queries over which a sink is measured, and how many must see a key for it to count."""
+
+MIN_LEFT = 1e-3
+"""What a slot must leave to the keys for their shares of it to be more than rounding."""
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.8)
 """The eps of Sink_k^eps that are counted."""
@@ -111,17 +114,16 @@ def _merge_heads(statistics: list[Statistics]) -> Statistics:
 
 
 def _sums(alpha_BHX: Tensor, baseline_BX: Tensor, counts_BX: Tensor) -> SinkSums:
-    """Sum samples over rows B and, but for positions, over X; ``counts_BX`` says which count."""
-    weight_B1X = counts_BX[:, None].to(alpha_BHX.dtype)
+    """Sum samples over rows B and, but for positions, over X; ``counts_BX`` or [B, H, X] says which
+    count."""
+    counts_BHX = (counts_BX if counts_BX.ndim == 3 else counts_BX[:, None]).expand_as(alpha_BHX)
     # Samples that don't count may hold anything (0 / 0 included), so they are cut out, not scaled.
-    alpha_BHX = torch.where(counts_BX[:, None], alpha_BHX, 0.0)
-    baseline_BX = torch.where(counts_BX, baseline_BX, 0.0)
+    alpha_BHX = torch.where(counts_BHX, alpha_BHX, 0.0)
     eps_E = alpha_BHX.new_tensor(THRESHOLDS)
-    heads = alpha_BHX.shape[1]
     return SinkSums(
-        count=weight_B1X.expand_as(alpha_BHX).sum(0),
+        count=counts_BHX.to(alpha_BHX.dtype).sum(0),
         alpha=alpha_BHX.sum(0),
-        baseline=baseline_BX[:, None].expand(-1, heads, -1).sum(0),
+        baseline=torch.where(counts_BHX, baseline_BX[:, None], 0.0).sum(0),
         over=(alpha_BHX[..., None] > eps_E).to(alpha_BHX.dtype).sum(0),
     )
 
@@ -133,11 +135,15 @@ def _over_samples(sums: SinkSums) -> SinkSums:
 
 
 def first_key_sums(
-    mass_BHT: Tensor, mask: IntervalMask | DenseMask, *, whole_row: bool = False
+    mass_BHT: Tensor,
+    mask: IntervalMask | DenseMask,
+    *,
+    whole_row: bool = False,
+    has_slot: bool = False,
 ) -> SinkSums | None:
     """[H] sums of the first key's alpha, one sample a row; None for rows under 64 tokens."""
     sees_BT = mask.sees_BT(torch.zeros_like(mask.document_start_BT))
-    share_BT = _uniform_share(mask)
+    share_BT = _uniform_share(mask, has_slot)
     if sees_BT.shape[1] < HORIZON:
         return None
     if whole_row:
@@ -164,6 +170,25 @@ def null_slot_sums(mass_BHT: Tensor, mask: IntervalMask | DenseMask) -> SinkSums
     return _over_samples(_sums(alpha_BH[..., None], baseline_B[:, None], counts_B[:, None]))
 
 
+def first_of_keys_sums(
+    mass_BHT: Tensor, null_mass_BHT: Tensor, mask: IntervalMask | DenseMask
+) -> SinkSums | None:
+    """[H] sums of alpha_first / (1 - alpha_null) over the same 64 queries; None for shorter rows.
+
+    Heads whose slot leaves less than ``MIN_LEFT`` don't count: what they leave is rounding.
+    """
+    sees_BT = mask.sees_BT(torch.zeros_like(mask.document_start_BT))[:, :HORIZON]
+    if sees_BT.shape[1] < HORIZON:
+        return None
+    left_BH = 1 - null_mass_BHT[..., :HORIZON].mean(-1)
+    counts_BH = sees_BT.all(-1)[:, None] & (left_BH >= MIN_LEFT)
+    alpha_BH = mass_BHT[..., :HORIZON].mean(-1) / left_BH
+    # A uniform head's share of the first key is its slot's too.
+    share_B = _uniform_share(mask, has_slot=True)[:, :HORIZON].mean(-1)
+    baseline_B = share_B / (1 - share_B)
+    return _over_samples(_sums(alpha_BH[..., None], baseline_B[:, None], counts_BH[..., None]))
+
+
 def long_document_starts(begins_BT: Tensor, document_start_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Row index of documents' first tokens: those that begin in the row with >= 64 tokens.
 
@@ -186,7 +211,11 @@ def long_document_starts(begins_BT: Tensor, document_start_BT: Tensor) -> tuple[
 
 
 def document_sums(
-    mass_BHT: Tensor, mask: IntervalMask | DenseMask, begins_BT: Tensor
+    mass_BHT: Tensor,
+    mask: IntervalMask | DenseMask,
+    begins_BT: Tensor,
+    *,
+    has_slot: bool = False,
 ) -> SinkSums | None:
     """[H] sums of document starts' alpha, one sample a document (see the module's docstring)."""
     rows, heads, length = mass_BHT.shape
@@ -201,28 +230,34 @@ def document_sums(
     counts_BK = exists_BK & sees_BX.view_as(index_BKh).all(-1)
     mass_BHX = mass_BHT.gather(2, index_BX[:, None].expand(-1, heads, -1))
     alpha_BHK = mass_BHX.view(rows, heads, *index_BKh.shape[1:]).mean(-1)
-    share_BX = _uniform_share(mask).gather(1, index_BX)
+    share_BX = _uniform_share(mask, has_slot).gather(1, index_BX)
     baseline_BK = share_BX.view_as(index_BKh).mean(-1)
     return _over_samples(_sums(alpha_BHK, baseline_BK, counts_BK))
 
 
-def position_sums(key_mass_BHS: Tensor, mask: IntervalMask | DenseMask, positions: int) -> SinkSums:
+def position_sums(
+    key_mass_BHS: Tensor,
+    mask: IntervalMask | DenseMask,
+    positions: int,
+    *,
+    has_slot: bool = False,
+) -> SinkSums:
     """[H, P] sums of the leading keys' alpha over all queries that see them, one sample a row."""
     queries_BS = mask.queries_per_key_BS()[:, :positions]
     alpha_BHP = key_mass_BHS[..., :positions] / queries_BS[:, None]
-    baseline_BP = _uniform_mass(mask, positions) / queries_BS
+    baseline_BP = _uniform_mass(mask, positions, has_slot) / queries_BS
     return _sums(alpha_BHP, baseline_BP, queries_BS >= HORIZON)
 
 
-def _uniform_share(mask: IntervalMask | DenseMask) -> Tensor:
-    """1 / (keys that a query sees), float32 [B, T]; 0 for empty rows."""
+def _uniform_share(mask: IntervalMask | DenseMask, has_slot: bool) -> Tensor:
+    """1 / (keys that a query sees, the slot included), float32 [B, T]; 0 for empty rows."""
     keys_BT = mask.keys_per_query_BT()
-    return torch.where(keys_BT > 0, 1.0 / keys_BT.clamp(min=1), 0.0)
+    return torch.where(keys_BT > 0, 1.0 / (keys_BT + has_slot).clamp(min=1), 0.0)
 
 
-def _uniform_mass(mask: IntervalMask | DenseMask, positions: int) -> Tensor:
+def _uniform_mass(mask: IntervalMask | DenseMask, positions: int, has_slot: bool) -> Tensor:
     """Attention each leading key would get in all if every query attended uniformly, [B, P]."""
-    share_BT = _uniform_share(mask)
+    share_BT = _uniform_share(mask, has_slot)
     masses = []
     for position in range(min(positions, mask.num_tokens)):
         key_BT = torch.full_like(mask.document_start_BT, position)
@@ -237,18 +272,16 @@ def layer_sums(
     positions: int,
 ) -> dict[str, SinkSums]:
     """One layer's sums by kind; a kind without any possible sample is left out."""
+    first_BHT, null_BHT = statistics.first_mass_BHT, statistics.null_mass_BHT
+    slot = {"has_slot": null_BHT is not None}
     sums = {
-        "first": first_key_sums(statistics.first_mass_BHT, mask),
-        "first_row": first_key_sums(statistics.first_mass_BHT, mask, whole_row=True),
-        "document": document_sums(statistics.document_mass_BHT, mask, begins_BT),
+        "first": first_key_sums(first_BHT, mask, **slot),
+        "first_row": first_key_sums(first_BHT, mask, whole_row=True, **slot),
+        "document": document_sums(statistics.document_mass_BHT, mask, begins_BT, **slot),
     }
-    null_mass_BHT = statistics.null_mass_BHT
-    if null_mass_BHT is not None:
-        sums["null"] = null_slot_sums(null_mass_BHT, mask)
-        # Sample by sample, over the same queries; all 0 where the slot gets everything.
-        left_BH = (1 - null_mass_BHT[..., :HORIZON].mean(-1)).clamp(min=1e-12)
-        of_keys_BHT = statistics.first_mass_BHT / left_BH[..., None]
-        sums["first_of_keys"] = first_key_sums(of_keys_BHT, mask)
+    if null_BHT is not None:
+        sums["null"] = null_slot_sums(null_BHT, mask)
+        sums["first_of_keys"] = first_of_keys_sums(first_BHT, null_BHT, mask)
     if statistics.key_mass_BHS is not None:
-        sums["position"] = position_sums(statistics.key_mass_BHS, mask, positions)
+        sums["position"] = position_sums(statistics.key_mass_BHS, mask, positions, **slot)
     return {kind: value for kind, value in sums.items() if value is not None}

@@ -121,9 +121,19 @@ class OptimizerPair(torch.optim.Optimizer):
         self._share_groups()
 
 
-def _decay_groups(parameters: list[Tensor], config: OptimizerConfig) -> list[dict]:
+def _matrices(model: nn.Module) -> list[Tensor]:
+    """Weights of linear layers and embeddings; a learned key or bias of each head is none."""
+    weighted = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    # Tied ones are one.
+    return list({id(m.weight): m.weight for m in weighted}.values())
+
+
+def _decay_groups(
+    parameters: list[Tensor], matrices: list[Tensor], config: OptimizerConfig
+) -> list[dict]:
     """One group that decays and one that doesn't, empty ones left out."""
-    decayed = [p for p in parameters if config.decay is Decay.all or p.ndim >= 2]
+    may_decay = {id(p) for p in matrices}
+    decayed = [p for p in parameters if config.decay is Decay.all or id(p) in may_decay]
     chosen = {id(p) for p in decayed}
     free = [p for p in parameters if id(p) not in chosen]
     groups = [
@@ -136,7 +146,7 @@ def _decay_groups(parameters: list[Tensor], config: OptimizerConfig) -> list[dic
 def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     return torch.optim.AdamW(
-        _decay_groups(parameters, config),
+        _decay_groups(parameters, _matrices(model), config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -145,19 +155,19 @@ def build_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
 
 
 def build_muon(model: nn.Module, config: MuonConfig) -> torch.optim.Optimizer:
-    """Muon takes the 2-D weights of ``model.blocks``; everything else goes to AdamW."""
-    inner = [p for p in model.blocks.parameters() if p.ndim == 2]
+    """Muon takes the linear layers of ``model.blocks``; everything else goes to AdamW."""
+    matrices, inner = _matrices(model), _matrices(model.blocks)
     taken = {id(p) for p in inner}
     outer = [p for p in model.parameters() if id(p) not in taken]
     muon = torch.optim.Muon(
-        _decay_groups(inner, config),
+        _decay_groups(inner, matrices, config),
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
     adamw = torch.optim.AdamW(
-        _decay_groups(outer, config),
+        _decay_groups(outer, matrices, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -168,7 +178,9 @@ def build_muon(model: nn.Module, config: MuonConfig) -> torch.optim.Optimizer:
 
 def build_sgd(model: nn.Module, config: SGDConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(
-        _decay_groups(list(model.parameters()), config), lr=config.lr, momentum=config.momentum
+        _decay_groups(list(model.parameters()), _matrices(model), config),
+        lr=config.lr,
+        momentum=config.momentum,
     )
 
 

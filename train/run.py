@@ -77,11 +77,13 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
 
     _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
     device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
-    run_id = write_run_files(folder, settings, provenance(settings, device, _data_provenance(data)))
+    measured = {"alpha_kind": module.decoder.alpha_kind}
+    origin = provenance(settings, device, _data_provenance(data)) | measured
+    run_id = write_run_files(folder, settings, origin)
     drop_after(folder, step)
     metrics = MetricsCSV(folder.metrics)
     metrics.keep_until(step)
-    wandb_logger = build_wandb_logger(config.logger, mode, folder.path, run_id, settings)
+    wandb_logger = build_wandb_logger(config.logger, mode, folder.path, run_id, settings | measured)
 
     validation, rows, callbacks = _callbacks(config, data, folder, console)
     trainer = L.Trainer(
@@ -111,7 +113,15 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
             for path in figures:
                 wandb_logger.log_image(f"figures/{path.stem}", [str(path)])
             wandb_logger.experiment.finish()
-        print_summary(console, folder, data, validation.latest, rows.latest, training_seconds)
+        print_summary(
+            console,
+            folder,
+            data,
+            validation.latest,
+            rows.latest,
+            training_seconds,
+            is_proxy=module.decoder.alpha_kind == "proxy",
+        )
 
 
 def _device(trainer: TrainerConfig) -> tuple[str, str]:

@@ -36,12 +36,13 @@ def threshold_name(eps: float) -> str:
 def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dict[str, float]:
     """``<prefix>/{mass,baseline,excess,rate_030,...}`` and ``<prefix>/<...>/layer_03``.
 
-    Means over samples and heads of a layer, then over layers; kinds without samples are left out.
+    Means over samples, then over the heads and layers that have any (a window shorter than 64
+    hides the first key, so its layer has none); kinds without samples are left out.
     """
     metrics: dict[str, float] = {}
     for kind, prefix in prefixes.items():
         sums = totals.sums.get(kind)
-        if sums is None or not bool((sums.count > 0).all()):
+        if sums is None or not bool((sums.count > 0).any()):
             continue
         mass_LH = sums.alpha / sums.count
         baseline_LH = sums.baseline / sums.count
@@ -53,17 +54,20 @@ def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dic
         for eps in LOGGED_THRESHOLDS:
             name = f"rate_{threshold_name(eps)}"
             values_LH[name] = sums.over[..., THRESHOLDS.index(eps)] / sums.count
-            values_LH[f"{name}_of_means"] = (mass_LH > eps).to(mass_LH.dtype)
+            of_means_LH = (mass_LH > eps).to(mass_LH.dtype)
+            values_LH[f"{name}_of_means"] = torch.where(mass_LH.isnan(), mass_LH, of_means_LH)
+        # 0 / 0, where a head has no sample, is left out of every mean.
         for name, value_LH in values_LH.items():
-            metrics[f"{prefix}/{name}"] = value_LH.mean().item()
+            metrics[f"{prefix}/{name}"] = value_LH.nanmean().item()
         for eps in LOGGED_THRESHOLDS:
             rate_LH = values_LH[f"rate_{threshold_name(eps)}"][LATER_LAYERS:]
-            if len(rate_LH):
+            if rate_LH.isfinite().any():
                 key = f"{prefix}/rate_{threshold_name(eps)}_from_layer_{LATER_LAYERS}"
-                metrics[key] = rate_LH.mean().item()
+                metrics[key] = rate_LH.nanmean().item()
         for name in ("mass", "excess", "rate_030"):
-            by_layer = values_LH[name].mean(-1).tolist()
-            metrics |= {f"{prefix}/{name}/layer_{i:02d}": v for i, v in enumerate(by_layer)}
+            for layer, value_H in enumerate(values_LH[name]):
+                if value_H.isfinite().any():
+                    metrics[f"{prefix}/{name}/layer_{layer:02d}"] = value_H.nanmean().item()
     return metrics
 
 

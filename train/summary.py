@@ -20,8 +20,15 @@ def print_summary(
     evaluation: Evaluation,
     row: dict[str, float],
     training_seconds: float,
+    *,
+    is_proxy: bool,
 ) -> None:
-    """Print the final figures of a run; ``row`` has the latest value of every metric."""
+    """Print the final figures of a run.
+
+    row: the latest value of every metric. is_proxy: masses are shares of weights that no softmax
+    made, and are marked.
+    """
+    mark = " (proxy)" if is_proxy else ""
     metrics = evaluation.metrics
     table = Table(title=f"{folder.path.name}", title_justify="left", show_edge=False)
     table.add_column("figure")
@@ -48,7 +55,7 @@ def print_summary(
         note = ", BOS not seen in training" if untrained else ""
         title = {"text": "text", "bos_text": "BOS + text"}[kind]
         baseline = f"uniform {metrics.get(f'{prefix}/baseline', float('nan')):.3f}"
-        add(f"{title}: first key's mass, T=64", f"{prefix}/mass", baseline + note)
+        add(f"{title}: first key's mass{mark}, T=64", f"{prefix}/mass", baseline + note)
         add(f"{title}: slot's mass", f"{prefix}_null/mass", "attention beside the keys")
         add(f"{title}: first key's of the keys'", f"{prefix}_of_keys/mass", "mass / (1 - slot's)")
         add(f"{title}: heads over 0.3", f"{prefix}/rate_030", "share of (sample, layer, head)")

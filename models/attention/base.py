@@ -67,7 +67,7 @@ class LayerInputs(NamedTuple):
     rotation, slopes_H: of the position encoding, None where it has none.
     statistics: off, basic or full.
     key_mass_tap_BHS: leaf whose gradient will be the key mass, or None.
-    sink_11C: the sink token's normed residual stream, of kinds that have one.
+    sink_11C: the sink token's residual stream as the layer reads it, of kinds that have one.
     """
 
     mask: IntervalMask | DenseMask
@@ -96,10 +96,10 @@ class Attended(NamedTuple):
 class Attention(nn.Module, ABC):
     """Multi-head attention with grouped key and value heads and no biases.
 
-    alpha_kind: what the statistics are sums of: ``probability``, or ``proxy`` where the weights of
-    a query don't sum to 1 and alpha is |weight| over their absolute sum (arXiv 2410.10781, section
-    7). takes_slopes: whether ALiBi's slopes can be added to its scores. has_sink_token: whether the
-    decoder is to carry a sink token for it.
+    alpha_kind: what the statistics are sums of: ``probability``, a softmax's; or ``proxy``,
+    |weight| over a query's absolute sum of them, for weights of any other kind (arXiv 2410.10781,
+    section 7). takes_slopes: whether ALiBi's slopes can be added to its scores. has_sink_token:
+    whether the decoder is to carry a sink token for it.
     """
 
     Config: type[AttentionConfig]
@@ -167,5 +167,8 @@ class Attention(nn.Module, ABC):
     def alone(self, x_11C: Tensor) -> Tensor:
         """What the layer adds for a token that sees itself alone: its own value, projected."""
         _, _, v_11GE = self.project(x_11C)
-        out_11HE = v_11GE.repeat_interleave(self.num_heads // v_11GE.shape[2], dim=2)
-        return self.output(self.finish(out_11HE, x_11C).flatten(2))
+        return self.output(self.finish(self.sole_value(v_11GE), x_11C).flatten(2))
+
+    def sole_value(self, v_BTGE: Tensor) -> Tensor:
+        """out_BTHE of tokens that see themselves alone, given their values."""
+        return v_BTGE.repeat_interleave(self.num_heads // v_BTGE.shape[2], dim=2)

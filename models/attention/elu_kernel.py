@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from kernels.similarity import Similarity
 from models.attention.similarity import SimilarityAttention
+from models.norms import at_least_fp32
 
 
 class EluKernelAttention(SimilarityAttention):
@@ -22,4 +23,9 @@ class EluKernelAttention(SimilarityAttention):
         """Settings of ``attention=elu_kernel``."""
 
     def features(self, q_BTHD: Tensor, k_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        return F.elu(q_BTHD) + 1, F.elu(k_BTGD) + 1
+        return self._map(q_BTHD), self._map(k_BTGD)
+
+    def _map(self, x: Tensor) -> Tensor:
+        # elu(x) + 1 would round exp(x) to a multiple of 1's precision, in bf16 to 0 from -7 on.
+        below = torch.exp(at_least_fp32(x).clamp(max=0))
+        return torch.where(x < 0, below, at_least_fp32(x) + 1).to(x.dtype)

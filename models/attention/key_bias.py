@@ -20,7 +20,7 @@ BIAS_STD = 0.02
 def scores_of_slot(q_BTHD: Tensor, key_GD: Tensor) -> Tensor:
     """q_i . k* / sqrt(D) of a key of its own for each key head or one for all, fp32, [B, H, T].
 
-    k* is at position 0, where rope turns nothing.
+    k* is at position 0, where rope turns nothing; slopes leave it alone.
     """
     group_size = q_BTHD.shape[2] // key_GD.shape[0]
     key_HD = at_least_fp32(key_GD).repeat_interleave(group_size, dim=0)

@@ -9,8 +9,8 @@ from models.norms import RMSNorm
 
 
 class QKNormAttention(SoftmaxAttention):
-    """softmax(norm(q) norm(k)^T / sqrt(D)) v, RMSNorm with a weight that heads share (arXiv
-    2010.04245, 2302.05442)."""
+    """softmax(norm(q) norm(k)^T / sqrt(D)) v, RMSNorm with a weight that heads share (after
+    arXiv 2010.04245, whose norm is l2 with a learned scale, and 2302.05442, whose is LayerNorm)."""
 
     @dataclass(kw_only=True)
     class Config(SoftmaxAttention.Config):

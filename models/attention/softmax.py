@@ -69,6 +69,10 @@ class SoftmaxAttention(Attention):
             mass_BTH = null_mass(slot.logit, result.lse_BHT).transpose(1, 2)
             added_BTHE = mass_BTH[..., None] * slot.value_HE
             out_BTHE = (out_BTHE + added_BTHE).to(out_BTHE.dtype)
-        if self.config.row_sum != 1:
-            out_BTHE = self.config.row_sum * out_BTHE
-        return result._replace(out_BTHE=out_BTHE)
+        return result._replace(out_BTHE=self._scaled(out_BTHE))
+
+    def sole_value(self, v_BTGE: Tensor) -> Tensor:
+        return self._scaled(super().sole_value(v_BTGE))
+
+    def _scaled(self, out_BTHE: Tensor) -> Tensor:
+        return out_BTHE if self.config.row_sum == 1 else self.config.row_sum * out_BTHE

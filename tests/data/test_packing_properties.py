@@ -38,17 +38,18 @@ def numbered(lengths: list[int]) -> Documents:
 @st.composite
 def packings(draw) -> tuple[Documents, PackingConfig]:
     context = draw(st.integers(3, 20))
+    bos = draw(st.sampled_from(BosKind))
     config = PackingConfig(
         packer=draw(st.sampled_from(Packer)),
         mask=draw(st.sampled_from(MaskKind)),
-        bos=draw(st.sampled_from(BosKind)),
+        bos=bos,
         eos=draw(st.booleans()),
         positions=draw(st.sampled_from(PositionKind)),
         context=context,
         batch_tokens=context * draw(st.integers(1, 5)),
         prefix=draw(st.integers(0, context - 1)) * draw(st.booleans()),
         loss_from=draw(st.integers(0, context - 1)) * draw(st.booleans()),
-        loss_at_bos=draw(st.booleans()),
+        loss_at_bos=bos is BosKind.none or draw(st.booleans()),
     )
     return numbered(draw(st.lists(st.integers(1, 50), min_size=1, max_size=30))), config
 

@@ -56,13 +56,14 @@ def x_BTC():
 
 
 @pytest.mark.parametrize("position", ["rope", "none", "alibi", "sinusoidal", "learned"])
+@pytest.mark.parametrize("place", NormPlace)
 @pytest.mark.parametrize("pinned", [False, True], ids=["causal", "documents"])
-def test_a_sink_token_is_a_token_before_every_row(decoder_of, batch_of, position, pinned):
+def test_a_sink_token_is_a_token_before_every_row(decoder_of, batch_of, position, pinned, place):
     """The same logits as rows of T + 1 tokens whose first one all queries see."""
     documents = DOCUMENTS if pinned else [[1] * 12, [1] * 12]
-    settings = {"position": position, "norm": "layer_norm"}
-    carried = decoder_of(attention=config_of("sink_token"), **settings)
-    plain = decoder_of(**settings)
+    settings = {"position": position, "norm": "layer_norm", "norm_place": place, "rope_share": 0.5}
+    carried = decoder_of(attention=config_of("sink_token", row_sum=0.3), **settings)
+    plain = decoder_of(attention=config_of("softmax", row_sum=0.3), **settings)
     weights = carried.state_dict()
     sink_1C = weights.pop("sink_token.weight")
     weights["embedding.weight"] = weights["embedding.weight"].clone()
@@ -84,6 +85,14 @@ def test_a_sink_token_is_a_token_before_every_row(decoder_of, batch_of, position
         torch.testing.assert_close(record.statistics.null_mass_BHT, first_BHT)
         keys_BHS = wanted.statistics.key_mass_BHS[:, :, 1:]
         torch.testing.assert_close(record.statistics.key_mass_BHS, keys_BHS)
+
+
+def test_features_of_the_elu_kernel_keep_their_precision():
+    made = layer("elu_kernel")
+    x_BTHD = torch.tensor([-8.0, -7.0, -1.0, 0.0, 2.0], dtype=torch.bfloat16)
+    mapped, _ = made.features(x_BTHD, x_BTHD)
+    exact = torch.where(x_BTHD < 0, x_BTHD.double().exp(), x_BTHD.double() + 1)
+    torch.testing.assert_close(mapped.double(), exact, rtol=2**-8, atol=0)
 
 
 def test_off_by_one_adds_one_to_the_denominator(x_BTC, inputs):

@@ -5,6 +5,7 @@ import torch
 
 from kernels.errors import UserError
 from models.attention import SoftmaxAttention
+from models.decoder import NormPlace
 from models.huggingface import export_huggingface, to_huggingface
 
 SHAPES = {
@@ -52,12 +53,21 @@ def test_logits_and_alphas_equal_those_of_transformers(decoder_of, batch_of, tmp
             "attention.window must be null for an export to LLaMA, got 4",
         ),
         (
+            {"attention": SoftmaxAttention.Config(row_sum=0.5)},
+            "attention.row_sum must be 1.0 for an export to LLaMA, got 0.5",
+        ),
+        ({"rope_share": 0.5}, "model.rope_share must be 1.0 for an export to LLaMA, got 0.5"),
+        (
+            {"norm_place": NormPlace.after},
+            "model.norm_place must be before for an export to LLaMA, got 'after'",
+        ),
+        (
             {"d_model": 50, "head_dim": 12},
             "model.d_model must be a multiple of model.num_heads = 4 for an export to LLaMA,"
             " got 50",
         ),
     ],
-    ids=["position", "window", "width"],
+    ids=["position", "window", "row_sum", "rope_share", "norm_place", "width"],
 )
 def test_what_is_no_llama_is_refused_by_its_setting(decoder_of, tmp_path, changes, message):
     with pytest.raises(UserError) as error:

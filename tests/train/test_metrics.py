@@ -10,6 +10,8 @@ from kernels.attention import Statistics, sink_attention
 from kernels.masks import IntervalMask
 from train.metrics import (
     THRESHOLDS,
+    SinkSums,
+    SinkTotals,
     document_sums,
     first_key_sums,
     layer_sums,
@@ -134,21 +136,45 @@ def test_null_slot_mass_has_a_baseline_that_counts_the_slot():
     assert sums.baseline[0].item() == pytest.approx(expected)
 
 
-def test_the_first_key_of_the_keys_leaves_the_slot_out_sample_by_sample():
-    slot_BH = torch.tensor([[0.2, 0.5], [0.8, 1.0]])
-    first_BHT = torch.full((2, 2, 64), 0.1) * torch.tensor([[1.0, 2.0], [1.0, 0.0]])[..., None]
-    statistics = Statistics(
-        first_mass_BHT=first_BHT,
-        document_mass_BHT=first_BHT,
-        null_mass_BHT=slot_BH[..., None].expand(2, 2, 64),
-        key_mass_BHS=None,
-        max_logit_BH=torch.zeros(2, 2),
-        entropy_BHT=None,
-    )
-    begins_BT = torch.ones(2, 64, dtype=torch.bool)
-    sums = layer_sums(statistics, IntervalMask.causal(2, 64), begins_BT, positions=4)
-    of_keys = sums["first_of_keys"].alpha
-    torch.testing.assert_close(of_keys, torch.tensor([0.1 / 0.8 + 0.1 / 0.2, 0.2 / 0.5 + 0.0]))
+def uniform_with_slot(slot_logit: float) -> Statistics:
+    """Two rows of 130 queries, whose 3 heads attend uniformly to keys and to a slot."""
+    q_BTHD = torch.zeros(2, 130, 3, 8)
+    null_logit_H = torch.full((3,), slot_logit)
+    mask = IntervalMask.causal(2, 130)
+    return sink_attention(q_BTHD, q_BTHD, q_BTHD, mask, null_logit=null_logit_H).statistics
+
+
+def sums_of(statistics: Statistics, num_tokens: int = 130):
+    begins_BT = torch.ones(2, num_tokens, dtype=torch.bool)
+    mask = IntervalMask.causal(2, num_tokens)
+    return layer_sums(statistics, mask, begins_BT, positions=4)
+
+
+def test_a_slot_is_one_of_the_keys_of_a_uniform_head():
+    for kind, sums in sums_of(uniform_with_slot(0.0)).items():
+        assert sums.count.sum() > 0
+        torch.testing.assert_close(sums.alpha, sums.baseline, msg=kind)
+
+
+@pytest.mark.parametrize("slot_logit", [0.0, 3.0, 6.0, 10.0, 14.0, 17.0, 25.0])
+def test_the_first_key_of_the_keys_has_no_rounding_for_a_value(slot_logit):
+    """Beside a slot that takes all but nothing the keys' share is what is left of their sum."""
+    sums = sums_of(uniform_with_slot(slot_logit))["first_of_keys"]
+    left = 1 - sums_of(uniform_with_slot(slot_logit))["null"].alpha[0].item() / 2
+    assert sums.count.tolist() == [2.0 if left > 2e-3 else 0.0] * 3 or 5e-4 < left < 2e-3
+    if sums.count[0]:
+        share = sums.alpha[0].item() / sums.count[0].item()
+        assert 0.03 < share < 0.08
+
+
+def test_layers_that_never_see_the_first_key_leave_the_others_their_figures():
+    part = first_key_sums(torch.full((2, 2, 64), 0.5), IntervalMask.causal(2, 64))
+    hidden = first_key_sums(torch.zeros(2, 2, 64), IntervalMask.causal(2, 64).window(32))
+    both = {name: torch.stack([value, vars(part)[name]]) for name, value in vars(hidden).items()}
+    metrics = sink_metrics(SinkTotals(2, {"first": SinkSums(**both)}))
+    assert metrics["sink/mass"] == metrics["sink/mass/layer_01"] == 0.5
+    assert metrics["sink/rate_030"] == metrics["sink/rate_030_of_means"] == 1.0
+    assert "sink/mass/layer_00" not in metrics
 
 
 @pytest.mark.parametrize("window", [None, 70], ids=["causal", "window70"])
@@ -165,8 +191,6 @@ def test_positions_of_uniform_attention_equal_their_baseline(window):
 
 
 def test_metrics_and_table_name_the_three_aggregations():
-    from train.metrics import SinkTotals
-
     mask = IntervalMask.causal(2, 64)
     mass_BHT = torch.zeros(2, 2, 64)
     mass_BHT[0, 0] = 0.9

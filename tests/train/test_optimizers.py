@@ -23,9 +23,12 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(8, 4)
         self.blocks = nn.ModuleList([nn.Linear(4, 4)])
         self.norm = nn.LayerNorm(4, bias=False)
+        # As a key bias of each head is: two axes, but no matrix.
+        self.blocks[0].register_parameter("key_GD", nn.Parameter(torch.ones(2, 3)))
 
     def forward(self, x):
-        return self.norm(self.blocks[0](self.embedding(x))).square().sum()
+        y = self.norm(self.blocks[0](self.embedding(x))).square().sum()
+        return y + self.blocks[0].key_GD.square().sum()
 
 
 def decayed_shapes(optimizer):
@@ -35,7 +38,7 @@ def decayed_shapes(optimizer):
 
 def test_decay_reaches_all_parameters_or_matrices_only():
     everything = build_optimizer(Model(), AdamWConfig(decay=Decay.all))
-    assert decayed_shapes(everything) == [(4,), (4,), (4, 4), (8, 4)]
+    assert decayed_shapes(everything) == [(2, 3), (4,), (4,), (4, 4), (8, 4)]
     matrices = build_optimizer(Model(), AdamWConfig(decay=Decay.matrices))
     assert decayed_shapes(matrices) == [(4, 4), (8, 4)]
 
@@ -46,7 +49,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only():
     muon, adamw = optimizer.parts
     assert [tuple(p.shape) for g in muon.param_groups for p in g["params"]] == [(4, 4)]
     shapes = sorted(tuple(p.shape) for g in adamw.param_groups for p in g["params"])
-    assert shapes == [(4,), (4,), (8, 4)]
+    assert shapes == [(2, 3), (4,), (4,), (8, 4)]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
 import torch
 import yaml
+from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from data.corpora import CORPORA
@@ -55,12 +57,18 @@ def test_every_arm_of_an_experiments_sweep_composes(name):
     axes = experiment.get("hydra", {}).get("sweeper", {}).get("params", {})
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     assert (f"-m experiment={name}" in text) == bool(axes)
+    with initialize_config_module(config_module="conf", version_base="1.3"):
+        composed = hydra.compose("train", [f"experiment={name}"], return_hydra_config=True)
+    # Not those of an experiment that it builds on too.
+    assert (composed.hydra.sweeper.params or {}) == axes
     axes = [f"{key}={values}" for key, values in axes.items()]
     for axis in OverridesParser.create().parse_overrides(axes):
         arms = list(axis.sweep_string_iterator())
         assert len(arms) > 1
         for value in arms:
-            compose([f"experiment={name}", f"{axis.key_or_group}={value}"])
+            config, _ = compose([f"experiment={name}", f"{axis.key_or_group}={value}"])
+            width = config.model.num_heads * config.model.resolved_head_dim
+            assert name == "head_dims" or width == config.model.d_model
 
 
 @pytest.mark.parametrize("group", ["model", "packing", "corpus", "tokenizer"])
