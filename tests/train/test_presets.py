@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from data.corpora import CORPORA
 from data.corpora.files import FilesCorpus
 from models.decoder import Decoder
-from train.config import compose
+from train.config import compose, register_configs
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -57,6 +57,7 @@ def test_an_experiments_sweep_is_its_own_and_its_ends_compose(name):
     axes = experiment.get("hydra", {}).get("sweeper", {}).get("params", {})
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     assert (f"-m experiment={name}" in text) == bool(axes)
+    register_configs()
     with initialize_config_module(config_module="conf", version_base="1.3"):
         composed = hydra.compose("train", [f"experiment={name}"], return_hydra_config=True)
     # Not those of an experiment that it builds on too.
