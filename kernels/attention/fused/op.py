@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.attention.flops import backward_flops, forward_flops, key_mass_flops
 from kernels.attention.fused import launch
 from kernels.attention.fused.tensors import (
     BackwardCall,
@@ -240,21 +241,14 @@ _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.sinklab.attention)
 def _attention_flops(q_shape, k_shape, v_shape, *_, out_shape=None, **__) -> int:
-    """Every pair of query and key counts, as in PyTorch's own attention: 2 T^2 (D + E) a head."""
-    batch_size, num_tokens, num_heads, head_dim = q_shape
-    return 2 * batch_size * num_heads * num_tokens**2 * (head_dim + v_shape[3])
+    return forward_flops(q_shape, v_shape)
 
 
 @register_flop_formula(torch.ops.sinklab.attention_backward)
 def _attention_backward_flops(
     dout_shape, dlse_shape, q_shape, k_shape, v_shape, *_, out_shape=None, **__
 ) -> int:
-    """Five products: scores and dP once each, dQ, dK and dV (rebuilding is not counted twice)."""
-    batch_size, num_tokens, num_heads, head_dim = q_shape
-    return 2 * batch_size * num_heads * num_tokens**2 * (3 * head_dim + 2 * v_shape[3])
+    return backward_flops(q_shape, v_shape)
 
 
-@register_flop_formula(torch.ops.sinklab.key_mass)
-def _key_mass_flops(q_shape, *_, out_shape=None, **__) -> int:
-    batch_size, num_tokens, num_heads, head_dim = q_shape
-    return 2 * batch_size * num_heads * num_tokens**2 * head_dim
+register_flop_formula(torch.ops.sinklab.key_mass)(key_mass_flops)
