@@ -94,7 +94,10 @@ class RoPE(Position):
 
 
 class Sinusoidal(Position):
-    """Adds sin and cos of position * 10000^(-f / F) to the embeddings (arXiv 1706.03762)."""
+    """sqrt(C) times the embeddings, plus sin and cos of position * 10000^(-f / F).
+
+    arXiv 1706.03762: without the factor, waves of amplitude 1 drown embeddings of std 0.02.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
@@ -103,8 +106,10 @@ class Sinusoidal(Position):
 
     def embed(self, x_BTC: Tensor, positions_BT: Tensor) -> Tensor:
         dtype = at_least_fp32(x_BTC).dtype
-        angle_BTF = _angles(positions_BT, x_BTC.shape[-1] // 2, 10000.0, dtype)
-        return x_BTC + torch.cat([angle_BTF.sin(), angle_BTF.cos()], dim=-1).to(x_BTC.dtype)
+        width = x_BTC.shape[-1]
+        angle_BTF = _angles(positions_BT, width // 2, 10000.0, dtype)
+        wave_BTC = torch.cat([angle_BTF.sin(), angle_BTF.cos()], dim=-1).to(x_BTC.dtype)
+        return width**0.5 * x_BTC + wave_BTC
 
 
 class Learned(Position):

@@ -190,8 +190,8 @@ def main(arguments: list[str]) -> None:
                     f"{record['layer_ratio']:6.3f}   core {record['core_ms']:9.3f} "
                     f"{record['core_ratio']:6.3f}"
                 )
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ class GateKind(StrEnum):
 
 
 class GatePlace(StrEnum):
-    """What is gated."""
+    """What is gated; torch.compile misreads a member that is called value."""
 
     output = "output"
-    value = "value"
+    values = "values"
 
 
 class GatedAttention(SoftmaxAttention):
@@ -38,7 +38,7 @@ class GatedAttention(SoftmaxAttention):
         each dimension, the same in all heads."""
 
         place: GatePlace = GatePlace.output
-        """output: of each head's output; value: of the values."""
+        """output: of each head's output; values: of the values."""
 
     config: Config
 
@@ -54,7 +54,7 @@ class GatedAttention(SoftmaxAttention):
 
     def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHD, k_BTGD, v_BTGE = super().project(x_BTC)
-        if self.config.place is GatePlace.value:
+        if self.config.place is GatePlace.values:
             v_BTGE = self._gated(v_BTGE, x_BTC)
         return q_BTHD, k_BTGD, v_BTGE
 

@@ -156,7 +156,7 @@ def test_gates(x_BTC, inputs, gate, place):
     heads = 4 if place is GatePlace.output else 2
     width = {"element": (heads, 12), "head": (heads, 1), "shared": (1, 12)}[gate.value]
     gates = made.gate(x_BTC).sigmoid().reshape(2, 12, *width)
-    if place is GatePlace.value:
+    if place is GatePlace.values:
         out = sink_attention(q, k, v * gates, inputs.mask).out_BTHE
     else:
         out = sink_attention(q, k, v, inputs.mask).out_BTHE * gates
@@ -199,6 +199,16 @@ def test_rope_turns_its_share_and_leaves_the_rest(decoder_of, batch_of):
     assert torch.equal(turned[..., 6:], x_BTHD[..., 6:])
     whole = decoder_of(head_dim=6).position.rotation(torch.arange(5)[None], torch.float64)
     assert torch.equal(turned[..., :6], whole(x_BTHD[..., :6]))
+
+
+def test_sinusoids_are_the_papers(decoder_of):
+    x_BTC = torch.full((1, 3, 48), 0.5, dtype=torch.float64)
+    added_TC = decoder_of(position="sinusoidal").position.embed(x_BTC, torch.arange(3)[None])[0]
+    added_TC -= 0.5 * 48**0.5
+    for channel in (0, 5, 23):
+        angle_T = torch.arange(3, dtype=torch.float64) * 10000.0 ** (-channel / 24)
+        torch.testing.assert_close(added_TC[:, channel], angle_T.sin())
+        torch.testing.assert_close(added_TC[:, 24 + channel], angle_T.cos())
 
 
 @pytest.mark.parametrize("place", NormPlace)

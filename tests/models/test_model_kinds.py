@@ -7,7 +7,9 @@ Axes: B rows, T positions, C width, H query heads, G key and value heads, D and 
 """
 
 import copy
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 from functools import partial
 
 import pytest
@@ -47,17 +49,32 @@ COMBINATIONS = [
 ]
 
 
+def switched():
+    """Every attention kind under each other value that a bool or enum of its own may take."""
+    for name, kind in ATTENTIONS.items():
+        for field in fields(kind.Config):
+            if isinstance(field.default, bool | Enum):
+                values = [False, True] if isinstance(field.default, bool) else type(field.default)
+                for value in values:
+                    with suppress(UserError):
+                        kind.Config(**{field.name: value})
+                        if value != field.default:
+                            yield {"attention": name, field.name: value}
+
+
 def is_refused(*, attention="softmax", position="rope", **_):
     """Whether a kind of attention says that it can't take the position encoding's slopes."""
     return POSITIONS[position].has_slopes and not ATTENTIONS[attention].takes_slopes
 
 
-def decoder_with(decoder_of, *, attention="softmax", **kinds):
-    return decoder_of(attention=ATTENTIONS[attention].Config(), num_layers=2, **kinds)
+def decoder_with(decoder_of, *, attention="softmax", **settings):
+    kind = ATTENTIONS[attention].Config
+    own = {name: settings.pop(name) for name in kind.__dataclass_fields__ if name in settings}
+    return decoder_of(attention=kind(**own), num_layers=2, **settings)
 
 
 def named(kinds):
-    return "-".join(kinds.values())
+    return "-".join(f"{k}={v}" if isinstance(v, bool) else str(v) for k, v in kinds.items())
 
 
 def check_contract(decoder, batch, folder):
@@ -142,7 +159,7 @@ def test_measures_what_the_reference_does(decoder_of, batch_of, kinds):
         check_same(triton(batch, statistics="full"), wanted, 2e-3)
 
 
-@pytest.mark.parametrize("kinds", ONE_BY_ONE, ids=named)
+@pytest.mark.parametrize("kinds", [*ONE_BY_ONE, *switched()], ids=named)
 def test_compiles_without_a_graph_break(decoder_of, batch_of, kinds):
     check_compiles(decoder_with(decoder_of, **kinds), batch_of(DOCUMENTS))
 
