@@ -22,7 +22,10 @@ from kernels.attention.fused.blocks import (
     key_tiles,
     lane_sums,
     load_tile,
+    query_tile,
+    query_tiles,
     row_bounds,
+    slope_of,
     store_tile,
     visible,
 )
@@ -75,16 +78,10 @@ def query_kernel(
     [B, H, num_rows]; log_sum is inf in an empty row and in rows past num_tokens, so that every P
     there is 0.
     """
-    m = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
-    group = head // heads_per_group
-    i_M = m * BM + tl.arange(0, BM)
+    m, batch, head, group, i_M = query_tile(num_heads, heads_per_group, BM)
     row_offset = batch.to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
-    bounds = None
-    if bounds_ptr is not None:
-        bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
+    bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
     extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     exists_M = i_M < num_tokens
@@ -108,27 +105,17 @@ def query_kernel(
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
     factor = scale * LOG2_E
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+    slope = slope_of(slopes_ptr, head, LOG2_E, HAS_SLOPES)
     dq0_MD = tl.zeros([BM, D0], tl.float32)
     dq1_MD = tl.zeros([BM, D1], tl.float32)
-    if not CAUSAL:
+    # Unless causal tiles that need the mask, then tiles that don't, then more that do.
+    edges = (low - extra, full_low, full_high, high)
+    for part in tl.static_range(1 if CAUSAL else 0, 3):
         dq0_MD, dq1_MD = _query_gradients(
             dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M, k0, k1, v0, v1,
-            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
-            True, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
+            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M, factor, slope,
+            part != 1, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
         )  # fmt: skip
-    dq0_MD, dq1_MD = _query_gradients(
-        dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M, k0, k1, v0, v1,
-        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
-        False, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
-    )  # fmt: skip
-    dq0_MD, dq1_MD = _query_gradients(
-        dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, log_sum_M, shift_M, k0, k1, v0, v1,
-        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
-        True, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
-    )  # fmt: skip
     store_tile(dq0, batch, m * BM, head, dq0_MD * scale)
     if dq1 is not None:
         store_tile(dq1, batch, m * BM, head, dq1_MD * scale)
@@ -204,15 +191,7 @@ def key_kernel(
     group = tl.program_id(1) % num_groups
     num_heads = num_groups * heads_per_group
     row_offset = batch.to(tl.int64) * num_tokens
-    if CAUSAL:
-        low = n * BN // BM
-        high = tl.cdiv(num_tokens, BM)
-        full_low = tl.minimum(tl.cdiv((n + 1) * BN - 1, BM), high)
-        full_high = high
-    else:
-        plan = plan_ptr + (batch * tl.num_programs(0) + n) * 4
-        low, high = tl.load(plan), tl.load(plan + 1)
-        full_low, full_high = tl.load(plan + 2), tl.load(plan + 3)
+    edges = query_tiles(plan_ptr, batch, n, num_tokens, CAUSAL, BM, BN)
 
     j_N = n * BN + tl.arange(0, BN)
     k0_ND = load_tile(k0, batch, n * BN, group, BN)
@@ -230,17 +209,14 @@ def key_kernel(
         log_sums = log_sum_ptr + row * num_rows
         shifts = shift_ptr + row * num_rows if GRADIENTS else None
         mass_N8 = tl.zeros([BN, 8], tl.float32)
-        slope = 0.0
-        if HAS_SLOPES:
-            slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+        slope = slope_of(slopes_ptr, head, LOG2_E, HAS_SLOPES)
         # Tiles that need the mask, tiles that don't and, unless causal, more that do.
         for part in tl.static_range(2 if CAUSAL else 3):
             dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
                 dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
                 q0, q1, dout0, dout1,
                 start_ptr, stop_ptr, log_sums, shifts, row_offset,
-                batch, head, (low, full_low, full_high)[part], (full_low, full_high, high)[part],
-                j_N, num_tokens, factor, slope,
+                batch, head, edges[part], edges[part + 1], j_N, num_tokens, factor, slope,
                 part != 1, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
             )  # fmt: skip
         if MEASURE:

@@ -65,11 +65,25 @@ def visible(i, j, start, stop, CAUSAL: tl.constexpr, PINNED: tl.constexpr):
 
 
 @triton.jit
+def query_tile(num_heads, heads_per_group, BM: tl.constexpr):
+    """What a program of a grid (query tiles, B H) owns: (m, batch, head, group, i_M)."""
+    # The last tiles see most keys under a causal mask: heavy work first fills the card evenly.
+    m = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    group = head // heads_per_group
+    return m, batch, head, group, m * BM + tl.arange(0, BM)
+
+
+@triton.jit
 def bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM: tl.constexpr):
-    """Pointer to a query tile's row of the table that ``tables.bounds`` makes."""
-    # A tile of padding past the last one sees nothing, whatever it visits.
-    num_tiles = tl.cdiv(num_tokens, BM)
-    return bounds_ptr + (batch * num_tiles + tl.minimum(m, num_tiles - 1)) * 8
+    """Pointer to a query tile's row of the table that ``tables.bounds`` makes; 0 without one."""
+    bounds = 0
+    if bounds_ptr is not None:
+        # A tile of padding past the last one sees nothing, whatever it visits.
+        num_tiles = tl.cdiv(num_tokens, BM)
+        bounds = bounds_ptr + (batch * num_tiles + tl.minimum(m, num_tiles - 1)) * 8
+    return bounds
 
 
 @triton.jit
@@ -98,6 +112,26 @@ def key_tiles(
 
 
 @triton.jit
+def query_tiles(
+    plan_ptr, batch, n, num_tokens, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The query tiles that see a tile of keys: (low, full_low, full_high, high).
+
+    Tiles low, ..., high - 1 are visited; those from full_low to full_high - 1 need no mask.
+    """
+    if CAUSAL:
+        low = n * BN // BM
+        high = tl.cdiv(num_tokens, BM)
+        full_low = tl.minimum(tl.cdiv((n + 1) * BN - 1, BM), high)
+        full_high = high
+    else:
+        plan = plan_ptr + (batch * tl.num_programs(0) + n) * 4
+        low, high = tl.load(plan), tl.load(plan + 1)
+        full_low, full_high = tl.load(plan + 2), tl.load(plan + 3)
+    return low, full_low, full_high, high
+
+
+@triton.jit
 def row_bounds(start_ptr, stop_ptr, offset, i, num_tokens, CAUSAL: tl.constexpr):
     """start and stop of a tile's queries; a row past the end is empty."""
     if CAUSAL:
@@ -107,3 +141,26 @@ def row_bounds(start_ptr, stop_ptr, offset, i, num_tokens, CAUSAL: tl.constexpr)
         start = tl.load(start_ptr + offset + i, mask=exists, other=0)
         stop = tl.load(stop_ptr + offset + i, mask=exists, other=0)
     return start, stop
+
+
+@triton.jit
+def slope_of(slopes_ptr, head, unit, HAS_SLOPES: tl.constexpr):
+    """A head's slope, where ``unit`` turns scores into the kernels' unit; 0 without slopes."""
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(slopes_ptr + head).to(tl.float32) * unit
+    return slope
+
+
+@triton.jit
+def load_keys(
+    k_ptr, key_M, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """One key a query, [M, WIDTH] from FIRST on along the head dim; key -1 gives any."""
+    d_D = FIRST + tl.arange(0, WIDTH)
+    k_ptrs = k_ptr + tl.maximum(key_M, 0).to(tl.int64)[:, None] * stride + d_D[None, :]
+    if FIRST + WIDTH > HEAD_DIM:
+        k_MD = tl.load(k_ptrs, mask=(d_D < HEAD_DIM)[None, :], other=0.0)
+    else:
+        k_MD = tl.load(k_ptrs)
+    return k_MD

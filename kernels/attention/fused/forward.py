@@ -21,8 +21,11 @@ from kernels.attention.fused.blocks import (
     dot_rows,
     key_tiles,
     lane_sums,
+    load_keys,
     load_tile,
+    query_tile,
     row_bounds,
+    slope_of,
     store_tile,
     visible,
 )
@@ -81,18 +84,6 @@ def _attend(
 
 
 @triton.jit
-def _keys(k_ptr, key_M, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """One key a query, [M, WIDTH] from FIRST on along the head dim; key -1 gives any."""
-    d_D = FIRST + tl.arange(0, WIDTH)
-    k_ptrs = k_ptr + tl.maximum(key_M, 0).to(tl.int64)[:, None] * stride + d_D[None, :]
-    if FIRST + WIDTH > HEAD_DIM:
-        k_MD = tl.load(k_ptrs, mask=(d_D < HEAD_DIM)[None, :], other=0.0)
-    else:
-        k_MD = tl.load(k_ptrs)
-    return k_MD
-
-
-@triton.jit
 def _scores(
     q0_MD, q1_MD, k0_MD, k1_MD, key_M, i_M, start_M, stop_M, factor, slope,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
@@ -142,23 +133,14 @@ def forward_kernel(
     makes it first_mass), null_mass and (ENTROPY) entropy, all [B, H, T], and the largest scaled
     score of the tile, top [B, H, query tiles].
     """
-    # The last tiles see most keys under a causal mask: heavy work first fills the card evenly.
-    m = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
-    group = head // heads_per_group
-    i_M = m * BM + tl.arange(0, BM)
+    m, batch, head, group, i_M = query_tile(num_heads, heads_per_group, BM)
     row_offset = batch.to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
-    bounds = None
-    if bounds_ptr is not None:
-        bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
+    bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
     extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     factor = scale * LOG2_E
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2_E
+    slope = slope_of(slopes_ptr, head, LOG2_E, HAS_SLOPES)
     exists_M = i_M < num_tokens
     row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
     # Key 0, or the first token of the query's document. Its score waits in memory, where its mass
@@ -174,9 +156,9 @@ def forward_kernel(
             key_M = tl.load(document_ptr + row_offset + i_M, mask=exists_M, other=-1)
             first_differs = tl.load(bounds + 7) > 0
         # Asked for before the queries, so that both are waited for at once.
-        k0_MD = _keys(k_ptr, key_M, k_stride_t, 0, D0, HEAD_DIM)
+        k0_MD = load_keys(k_ptr, key_M, k_stride_t, 0, D0, HEAD_DIM)
         if q1 is not None:
-            k1_MD = _keys(k_ptr, key_M, k_stride_t, D0, q1.block_shape[3], HEAD_DIM)
+            k1_MD = load_keys(k_ptr, key_M, k_stride_t, D0, q1.block_shape[3], HEAD_DIM)
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
     if MEASURE:
@@ -189,9 +171,9 @@ def forward_kernel(
         else:
             tl.store(document_mass_ptr + row_M, x_M, mask=exists_M)
             if first_differs:
-                k0_MD = _keys(k_ptr, i_M * 0, k_stride_t, 0, D0, HEAD_DIM)
+                k0_MD = load_keys(k_ptr, i_M * 0, k_stride_t, 0, D0, HEAD_DIM)
                 if q1 is not None:
-                    k1_MD = _keys(k_ptr, i_M * 0, k_stride_t, D0, q1.block_shape[3], HEAD_DIM)
+                    k1_MD = load_keys(k_ptr, i_M * 0, k_stride_t, D0, q1.block_shape[3], HEAD_DIM)
                 x_M = _scores(
                     q0_MD, q1_MD, k0_MD, k1_MD, i_M * 0, i_M, start_M, stop_M, factor, slope,
                     CAUSAL, PINNED, HAS_SLOPES,
@@ -205,25 +187,15 @@ def forward_kernel(
     sum_M8 = tl.zeros([BM, 8], tl.float32)
     spread_M8 = tl.zeros([BM, 8], tl.float32)
     top_M = tl.full([BM], NEVER, tl.float32)
-    if not CAUSAL:
+    # Unless causal tiles that need the mask, then tiles that don't, then more that do.
+    edges = (low - extra, full_low, full_high, high)
+    for part in tl.static_range(1 if CAUSAL else 0, 3):
         acc0_ME, acc1_ME, sum_M8, top_M, spread_M8 = _attend(
             acc0_ME, acc1_ME, sum_M8, top_M, spread_M8,
             q0_MD, q1_MD, k0, k1, v0, v1,
-            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
-            True, CAUSAL, PINNED, HAS_SLOPES, ENTROPY, BN, PRECISION,
+            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M, factor, slope,
+            part != 1, CAUSAL, PINNED, HAS_SLOPES, ENTROPY, BN, PRECISION,
         )  # fmt: skip
-    acc0_ME, acc1_ME, sum_M8, top_M, spread_M8 = _attend(
-        acc0_ME, acc1_ME, sum_M8, top_M, spread_M8,
-        q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
-        False, CAUSAL, PINNED, HAS_SLOPES, ENTROPY, BN, PRECISION,
-    )  # fmt: skip
-    acc0_ME, acc1_ME, sum_M8, top_M, spread_M8 = _attend(
-        acc0_ME, acc1_ME, sum_M8, top_M, spread_M8,
-        q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
-        True, CAUSAL, PINNED, HAS_SLOPES, ENTROPY, BN, PRECISION,
-    )  # fmt: skip
 
     # Everything from here on is once a tile, in units of log 2. A row without a key has no null
     # slot either.

@@ -25,7 +25,10 @@ from kernels.attention.fused.blocks import (
     key_tiles,
     lane_sums,
     load_tile,
+    query_tile,
+    query_tiles,
     row_bounds,
+    slope_of,
     store_tile,
     visible,
 )
@@ -99,16 +102,10 @@ def query_kernel(
     Writes dq, and for the key kernel those of norm, shift, base and share that aren't None,
     [B, H, T].
     """
-    m = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
-    group = head // heads_per_group
-    i_M = m * BM + tl.arange(0, BM)
+    m, batch, head, group, i_M = query_tile(num_heads, heads_per_group, BM)
     row_offset = batch.to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
-    bounds = None
-    if bounds_ptr is not None:
-        bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
+    bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
     extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     exists_M = i_M < num_tokens
@@ -142,27 +139,17 @@ def query_kernel(
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
     factor = scale * unit_of(SIMILARITY)
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * unit_of(SIMILARITY)
+    slope = slope_of(slopes_ptr, head, unit_of(SIMILARITY), HAS_SLOPES)
     dq0_MD = tl.zeros([BM, D0], tl.float32)
     dq1_MD = tl.zeros([BM, D1], tl.float32)
-    if not CAUSAL:
+    # Unless causal tiles that need the mask, then tiles that don't, then more that do.
+    edges = (low - extra, full_low, full_high, high)
+    for part in tl.static_range(1 if CAUSAL else 0, 3):
         dq0_MD, dq1_MD = _query_gradients(
             dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, norm_M, shift_M, k0, k1, v0, v1,
-            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
-            SIMILARITY, NORMALIZE, True, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
+            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M, factor, slope,
+            SIMILARITY, NORMALIZE, part != 1, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
         )  # fmt: skip
-    dq0_MD, dq1_MD = _query_gradients(
-        dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, norm_M, shift_M, k0, k1, v0, v1,
-        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
-        SIMILARITY, NORMALIZE, False, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
-    )  # fmt: skip
-    dq0_MD, dq1_MD = _query_gradients(
-        dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, norm_M, shift_M, k0, k1, v0, v1,
-        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
-        SIMILARITY, NORMALIZE, True, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
-    )  # fmt: skip
     store_tile(dq0, batch, m * BM, head, dq0_MD * scale)
     if dq1 is not None:
         store_tile(dq1, batch, m * BM, head, dq1_MD * scale)
@@ -270,15 +257,7 @@ def key_kernel(
     group = tl.program_id(1) % num_groups
     num_heads = num_groups * heads_per_group
     row_offset = batch.to(tl.int64) * num_tokens
-    if CAUSAL:
-        low = n * BN // BM
-        high = tl.cdiv(num_tokens, BM)
-        full_low = tl.minimum(tl.cdiv((n + 1) * BN - 1, BM), high)
-        full_high = high
-    else:
-        plan = plan_ptr + (batch * tl.num_programs(0) + n) * 4
-        low, high = tl.load(plan), tl.load(plan + 1)
-        full_low, full_high = tl.load(plan + 2), tl.load(plan + 3)
+    edges = query_tiles(plan_ptr, batch, n, num_tokens, CAUSAL, BM, BN)
 
     j_N = n * BN + tl.arange(0, BN)
     k0_ND = load_tile(k0, batch, n * BN, group, BN)
@@ -298,30 +277,16 @@ def key_kernel(
         bases = base_ptr + row if base_ptr is not None else None
         shares = share_ptr + row if share_ptr is not None else None
         mass_N8 = tl.zeros([BN, 8], tl.float32)
-        slope = 0.0
-        if HAS_SLOPES:
-            slope = tl.load(slopes_ptr + head).to(tl.float32) * unit_of(SIMILARITY)
-        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
-            q0, q1, dout0, dout1,
-            start_ptr, stop_ptr, norms, shifts, bases, shares, row_offset,
-            batch, head, low, full_low, j_N, num_tokens, factor, slope, SIMILARITY, NORMALIZE,
-            True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
-        )  # fmt: skip
-        dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
-            dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
-            q0, q1, dout0, dout1,
-            start_ptr, stop_ptr, norms, shifts, bases, shares, row_offset,
-            batch, head, full_low, full_high, j_N, num_tokens, factor, slope, SIMILARITY, NORMALIZE,
-            False, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
-        )  # fmt: skip
-        if not CAUSAL:
+        slope = slope_of(slopes_ptr, head, unit_of(SIMILARITY), HAS_SLOPES)
+        # Tiles that need the mask, tiles that don't and, unless causal, more that do.
+        for part in tl.static_range(2 if CAUSAL else 3):
             dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8 = _key_gradients(
                 dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
                 q0, q1, dout0, dout1,
                 start_ptr, stop_ptr, norms, shifts, bases, shares, row_offset,
-                batch, head, full_high, high, j_N, num_tokens, factor, slope, SIMILARITY, NORMALIZE,
-                True, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
+                batch, head, edges[part], edges[part + 1],
+                j_N, num_tokens, factor, slope, SIMILARITY, NORMALIZE,
+                part != 1, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
             )  # fmt: skip
         if MEASURE:
             tl.store(mass_ptr + row + j_N, tl.sum(mass_N8, 1), mask=j_N < num_tokens)

@@ -21,8 +21,11 @@ from kernels.attention.fused.blocks import (
     dot_rows,
     key_tiles,
     lane_sums,
+    load_keys,
     load_tile,
+    query_tile,
     row_bounds,
+    slope_of,
     store_tile,
     visible,
 )
@@ -110,13 +113,7 @@ def _attend(
 @triton.jit
 def _part_of_score(q_MD, part, k_ptr, key_M, stride, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
     """q.k of one key a query over the ``part`` that begins at FIRST; key -1 gives any."""
-    WIDTH: tl.constexpr = part.block_shape[3]
-    d_D = FIRST + tl.arange(0, WIDTH)
-    k_ptrs = k_ptr + tl.maximum(key_M, 0).to(tl.int64)[:, None] * stride + d_D[None, :]
-    if FIRST + WIDTH > HEAD_DIM:
-        k_MD = tl.load(k_ptrs, mask=(d_D < HEAD_DIM)[None, :], other=0.0)
-    else:
-        k_MD = tl.load(k_ptrs)
+    k_MD = load_keys(k_ptr, key_M, stride, FIRST, part.block_shape[3], HEAD_DIM)
     return tl.sum(q_MD.to(tl.float32) * k_MD.to(tl.float32), 1)
 
 
@@ -169,43 +166,30 @@ def forward_kernel(
     makes it first_mass) and (ENTROPY) entropy, all [B, H, T], and the largest score of the tile,
     top [B, H, query tiles].
     """
-    # The last tiles see most keys under a causal mask: heavy work first fills the card evenly.
-    m = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
-    group = head // heads_per_group
-    i_M = m * BM + tl.arange(0, BM)
+    m, batch, head, group, i_M = query_tile(num_heads, heads_per_group, BM)
     row_offset = batch.to(tl.int64) * num_tokens
     start_M, stop_M = row_bounds(start_ptr, stop_ptr, row_offset, i_M, num_tokens, CAUSAL)
-    bounds = None
-    if bounds_ptr is not None:
-        bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
+    bounds = bounds_of_tile(bounds_ptr, batch, m, num_tokens, BM)
     extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     factor = scale * unit_of(SIMILARITY)
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes_ptr + head).to(tl.float32) * unit_of(SIMILARITY)
+    slope = slope_of(slopes_ptr, head, unit_of(SIMILARITY), HAS_SLOPES)
     exists_M = i_M < num_tokens
     row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
     if MEASURE:
         k_ptr += batch.to(tl.int64) * k_stride_b + group.to(tl.int64) * k_stride_g
+        key_M = i_M * 0
+        if not ONE_DOCUMENT:
+            key_M = tl.load(document_ptr + row_offset + i_M, mask=exists_M, other=-1)
+        x_M = _scores(
+            q0_MD, q1_MD, q0, q1, k_ptr, k_stride_t, key_M, i_M, start_M, stop_M, factor, slope,
+            SIMILARITY, CAUSAL, PINNED, HAS_SLOPES, HEAD_DIM,
+        )  # fmt: skip
         if ONE_DOCUMENT:
-            x_M = _scores(
-                q0_MD, q1_MD, q0, q1, k_ptr, k_stride_t, i_M * 0,
-                i_M, start_M, stop_M, factor, slope,
-                SIMILARITY, CAUSAL, PINNED, HAS_SLOPES, HEAD_DIM,
-            )  # fmt: skip
             tl.store(first_ptr + row_M, x_M, mask=exists_M)
         else:
-            key_M = tl.load(document_ptr + row_offset + i_M, mask=exists_M, other=-1)
-            x_M = _scores(
-                q0_MD, q1_MD, q0, q1, k_ptr, k_stride_t, key_M,
-                i_M, start_M, stop_M, factor, slope,
-                SIMILARITY, CAUSAL, PINNED, HAS_SLOPES, HEAD_DIM,
-            )  # fmt: skip
             tl.store(document_mass_ptr + row_M, x_M, mask=exists_M)
             # Whether a query sees key 0 as a stranger to its document.
             if tl.load(bounds + 7) > 0:
@@ -228,28 +212,16 @@ def forward_kernel(
         top = tl.full([BM], NEVER, tl.float32)
     else:
         top = tl.full([BM, 8], NEVER, tl.float32)
-    if not CAUSAL:
+    # Unless causal tiles that need the mask, then tiles that don't, then more that do.
+    edges = (low - extra, full_low, full_high, high)
+    for part in tl.static_range(1 if CAUSAL else 0, 3):
         acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top = _attend(
             acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top,
             q0_MD, q1_MD, k0, k1, v0, v1,
-            batch, group, low, low - extra, full_low, i_M, start_M, stop_M, factor, slope,
+            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M, factor, slope,
             SIMILARITY, NORMALIZE,
-            True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
+            part != 1, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
         )  # fmt: skip
-    acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top = _attend(
-        acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top,
-        q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_low, full_high, i_M, start_M, stop_M, factor, slope,
-        SIMILARITY, NORMALIZE,
-        False, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
-    )  # fmt: skip
-    acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top = _attend(
-        acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top,
-        q0_MD, q1_MD, k0, k1, v0, v1,
-        batch, group, low, full_high, high, i_M, start_M, stop_M, factor, slope,
-        SIMILARITY, NORMALIZE,
-        True, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
-    )  # fmt: skip
 
     # Everything from here on is once a tile.
     abs_M = tl.sum(abs_M8, 1)
