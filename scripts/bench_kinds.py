@@ -19,6 +19,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from kernels.bench.environment import environment
 from kernels.bench.timing import Captured, Clock, CudaClock, interleaved
 from kernels.errors import require
 from kernels.masks import IntervalMask
@@ -102,7 +103,11 @@ def calls_of(
     )
     x_BTC.requires_grad_()
     qkv = tuple(t.detach().to(dtype).requires_grad_() for t in attention.project(x_BTC.float()))
-    layer, core = torch.compile(attention), torch.compile(Core(attention))
+    # Shapes differ between calls, not within one: nothing is to be compiled for any shape.
+    layer, core = (
+        torch.compile(module, fullgraph=True, dynamic=False)
+        for module in (attention, Core(attention))
+    )
     grad_BTC = torch.randn_like(x_BTC)
 
     def run(made: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
@@ -126,6 +131,7 @@ def measure(
     """A record a kind; the baseline is always among them."""
     # All kinds share the code of one forward, and each counts as a recompilation of it.
     torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
     clock: Clock = CudaClock() if device.type == "cuda" else HostClock()
     chosen = {n: v for n, v in variants().items() if n == BASELINE or not names or n in names}
     timings = {}
@@ -191,7 +197,8 @@ def main(arguments: list[str]) -> None:
                     f"{record['core_ratio']:6.3f}"
                 )
         if options.json:
-            options.json.write_text(json.dumps(records, indent=1) + "\n")
+            lines = [{"environment": environment("scripts.bench_kinds")}, *records]
+            options.json.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
 
 
 if __name__ == "__main__":

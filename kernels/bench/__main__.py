@@ -13,26 +13,18 @@ and medians are shown; a claim's ratio is of forward and backward together.
 
 from __future__ import annotations
 
-import argparse
-import platform
-import shlex
-import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.bench.ahead import in_processes
-from kernels.bench.cases import (
-    DOCUMENT_MEDIAN,
-    DOCUMENT_SIGMA,
-    Case,
-)
+from kernels.bench.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, Case
 from kernels.bench.contender import Skipped
 from kernels.bench.contenders import taking_part
+from kernels.bench.environment import environment
 from kernels.bench.measure import measure_case
 from kernels.bench.options import parse
 from kernels.bench.profiling import kernel_table
@@ -98,40 +90,6 @@ def run(
     return 1 if reds else 0
 
 
-def environment_of(device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """What a figure depends on beside the code: card, versions, commit, command, documents."""
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "python": platform.python_version(),
-        "command": shlex.join(["python", "-m", "kernels.bench", *sys.argv[1:]]),
-        "commit": _commit(),
-        "rounds": options.rounds,
-        "documents": f"log-normal, median {DOCUMENT_MEDIAN} tokens, sigma {DOCUMENT_SIGMA}",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """HEAD, marked where the tree differs from it; None outside a checkout."""
-    folder = Path(__file__).parent
-    described = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        shown = subprocess.run(described, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return shown.stdout.strip()
-
-
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     options = parse(arguments, __doc__)
@@ -159,7 +117,11 @@ def main(arguments: list[str]) -> int:
             options.names,
             device=device,
             clock=CudaClock(),
-            environment=environment_of(device, options),
+            environment={
+                **environment("kernels.bench"),
+                "rounds": options.rounds,
+                "documents": f"log-normal, median {DOCUMENT_MEDIAN} tokens, sigma {DOCUMENT_SIGMA}",
+            },
             rounds=options.rounds,
             json_path=options.json,
             budget=options.budget,

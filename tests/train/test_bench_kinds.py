@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from kernels.errors import UserError
 from models.attention import ATTENTIONS
@@ -40,7 +41,8 @@ def test_a_small_run(tmp_path, capsys):
     path = tmp_path / "kinds.json"
     arguments = ["--shape", "1,32,2,8", "--rounds", "2", "--only", "sink_token"]
     main([*arguments, "--only", "softmax alibi", "--json", str(path)])
-    records = json.loads(path.read_text())
+    (environment, *records) = json.loads(path.read_text())
+    assert environment["environment"]["torch"] == torch.__version__
     assert [record["kind"] for record in records] == ["softmax", "sink_token", "softmax alibi"]
     assert records[0]["layer_ratio"] == records[0]["core_ratio"] == 1
     assert all(record["core_ms"] > 0 for record in records)
