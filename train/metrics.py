@@ -70,8 +70,9 @@ class SinkTotals:
         masks: list[IntervalMask],
         begins_BT: Tensor,
         positions: int,
+        min_queries: int = HORIZON,
     ) -> None:
-        """Add one batch: statistics and masks by layer.
+        """Add one batch: statistics and masks by layer; the rest as in ``layer_sums``.
 
         Layers that share a mask are reduced in one go, as if their heads were one layer's.
         """
@@ -80,7 +81,9 @@ class SinkTotals:
             by_mask.setdefault(id(mask), []).append(index)
         for indices in by_mask.values():
             merged = _merge_heads([statistics[index] for index in indices])
-            sums = layer_sums(merged, masks[indices[0]], begins_BT, positions)
+            sums = layer_sums(
+                merged, masks[indices[0]], begins_BT, positions, min_queries=min_queries
+            )
             for kind, part in sums.items():
                 self._add_layers(kind, indices, part)
 
@@ -240,13 +243,17 @@ def position_sums(
     mask: IntervalMask | DenseMask,
     positions: int,
     *,
+    min_queries: int = HORIZON,
     has_slot: bool = False,
 ) -> SinkSums:
-    """[H, P] sums of the leading keys' alpha over all queries that see them, one sample a row."""
+    """[H, P] sums of the leading keys' alpha over all queries that see them, one sample a row.
+
+    A key counts in the rows where at least ``min_queries`` see it.
+    """
     queries_BS = mask.queries_per_key_BS()[:, :positions]
     alpha_BHP = key_mass_BHS[..., :positions] / queries_BS[:, None]
     baseline_BP = _uniform_mass(mask, positions, has_slot) / queries_BS
-    return _sums(alpha_BHP, baseline_BP, queries_BS >= HORIZON)
+    return _sums(alpha_BHP, baseline_BP, queries_BS >= min_queries)
 
 
 def _uniform_share(mask: IntervalMask | DenseMask, has_slot: bool) -> Tensor:
@@ -270,8 +277,14 @@ def layer_sums(
     mask: IntervalMask | DenseMask,
     begins_BT: Tensor,
     positions: int,
+    *,
+    min_queries: int = HORIZON,
 ) -> dict[str, SinkSums]:
-    """One layer's sums by kind; a kind without any possible sample is left out."""
+    """One layer's sums by kind; a kind without any possible sample is left out.
+
+    positions: how many leading keys kind ``position`` has; it alone goes by ``min_queries``, for
+    64-token prompts, of which only key 0 has 64 queries.
+    """
     first_BHT, null_BHT = statistics.first_mass_BHT, statistics.null_mass_BHT
     slot = {"has_slot": null_BHT is not None}
     sums = {
@@ -283,5 +296,7 @@ def layer_sums(
         sums["null"] = null_slot_sums(null_BHT, mask)
         sums["first_of_keys"] = first_of_keys_sums(first_BHT, null_BHT, mask)
     if statistics.key_mass_BHS is not None:
-        sums["position"] = position_sums(statistics.key_mass_BHS, mask, positions, **slot)
+        sums["position"] = position_sums(
+            statistics.key_mass_BHS, mask, positions, min_queries=min_queries, **slot
+        )
     return {kind: value for kind, value in sums.items() if value is not None}

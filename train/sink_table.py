@@ -21,6 +21,9 @@ PREFIXES = {
 }
 """Metric prefix by kind of key; single positions are in the table only."""
 
+VALUE_PREFIXES = {"first": "", "position": "", "null": "null_", "first_of_keys": "of_keys_"}
+"""What the names of ``sink_values`` begin with, by kind of key; other kinds are not among them."""
+
 LOGGED_THRESHOLDS = (0.3, 0.8)
 """Thresholds whose rates are metrics: arXiv 2410.10781's and 2504.02732's; the table has all."""
 
@@ -33,7 +36,11 @@ def threshold_name(eps: float) -> str:
     return f"{round(100 * eps):03d}"
 
 
-def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dict[str, float]:
+def sink_metrics(
+    totals: SinkTotals,
+    prefixes: dict[str, str] = PREFIXES,
+    thresholds: tuple[float, ...] = LOGGED_THRESHOLDS,
+) -> dict[str, float]:
     """``<prefix>/{mass,baseline,excess,rate_030,...}`` and ``<prefix>/<...>/layer_03``.
 
     Means over samples, then over the heads and layers that have any (a window shorter than 64
@@ -51,7 +58,7 @@ def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dic
             "baseline": baseline_LH,
             "excess": mass_LH - baseline_LH,
         }
-        for eps in LOGGED_THRESHOLDS:
+        for eps in thresholds:
             name = f"rate_{threshold_name(eps)}"
             values_LH[name] = sums.over[..., THRESHOLDS.index(eps)] / sums.count
             of_means_LH = (mass_LH > eps).to(mass_LH.dtype)
@@ -59,7 +66,7 @@ def sink_metrics(totals: SinkTotals, prefixes: dict[str, str] = PREFIXES) -> dic
         # 0 / 0, where a head has no sample, is left out of every mean.
         for name, value_LH in values_LH.items():
             metrics[f"{prefix}/{name}"] = value_LH.nanmean().item()
-        for eps in LOGGED_THRESHOLDS:
+        for eps in thresholds:
             rate_LH = values_LH[f"rate_{threshold_name(eps)}"][LATER_LAYERS:]
             if rate_LH.isfinite().any():
                 key = f"{prefix}/rate_{threshold_name(eps)}_from_layer_{LATER_LAYERS}"
@@ -102,4 +109,50 @@ def sink_table(totals: SinkTotals, alpha_kind: str) -> pd.DataFrame:
         columns["alpha_kind"] = alpha_kind
         table = pd.DataFrame(columns)
         tables.append(table[table["count"] > 0])
+    return pd.concat(tables, ignore_index=True)
+
+
+def sink_values(totals: SinkTotals) -> pd.DataFrame:
+    """The sums on the CPU as figures by name: columns name, layer, head, position, value.
+
+    By layer and head, for key 0 (``first``) and, from kind ``position``, the keys after it:
+
+        mass, baseline, excess    means over samples of alpha, of a uniform head's, their difference
+        rate_020 ... rate_080     share of samples with alpha > eps
+
+    Of the whole model, layer and head -1, ``sink_metrics`` of key 0 at all thresholds. Of a null
+    slot the names begin with ``null_`` and the position is -1; those of key 0 with the slot left
+    out begin with ``of_keys_``. What has no sample has no line.
+    """
+    heads = sink_table(totals, "probability")
+    is_again = (heads["key"] == "position") & (heads["position"] == 0)
+    heads = heads[heads["key"].isin(list(VALUE_PREFIXES)) & ~is_again]
+    prefix = heads["key"].map(VALUE_PREFIXES)
+    position = heads["position"].where(~heads["key"].isin(["first", "first_of_keys"]), 0)
+    values = {
+        "mass": heads["alpha"],
+        "baseline": heads["baseline"],
+        "excess": heads["alpha"] - heads["baseline"],
+    }
+    for eps in THRESHOLDS:
+        over = heads[f"over_{threshold_name(eps)}"]
+        values[f"rate_{threshold_name(eps)}"] = over / heads["count"]
+    tables = [
+        pd.DataFrame(
+            {
+                "name": prefix + name,
+                "layer": heads["layer"].astype(int),
+                "head": heads["head"].astype(int),
+                "position": position.astype(int),
+                "value": value.astype(float),
+            }
+        )
+        for name, value in values.items()
+    ]
+    kinds = {kind: kind for kind in VALUE_PREFIXES if kind != "position"}
+    for key, value in sink_metrics(totals, kinds, THRESHOLDS).items():
+        kind, name = key.split("/", 1)
+        if "/" not in name:
+            row = (VALUE_PREFIXES[kind] + name, -1, -1, -1 if kind == "null" else 0, value)
+            tables.append(pd.DataFrame([row], columns=tables[0].columns))
     return pd.concat(tables, ignore_index=True)
