@@ -78,8 +78,9 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
     device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
     measured = {"alpha_kind": module.decoder.alpha_kind}
-    origin = provenance(settings, device, _data_provenance(data)) | measured
+    origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
     run_id = write_run_files(folder, settings, origin)
+    data.tokenizer.save(folder.tokenizer)
     drop_after(folder, step)
     metrics = MetricsCSV(folder.metrics)
     metrics.keep_until(step)

@@ -3,6 +3,7 @@
     runs/<experiment>/<name>/
         config.yaml         every setting, resolved
         provenance.json     commit, versions, device, seeds, command, data
+        tokenizer.json      the tokenizer
         metrics.csv         one row a logged step
         sinks/              part-<step>.parquet: every layer and head
         checkpoints/        step_00000128/ (weights and model config), last.ckpt (training state)
@@ -34,12 +35,16 @@ import yaml
 from data.files import write_atomically
 from kernels.attention.fused.tiles import TABLE
 from kernels.errors import UserError
+from train.kinds import without_told_kinds
 
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
 
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
 """Settings of the experiment that a resumed run may nevertheless change."""
+
+PARENT = "parent"
+"""Key beside the settings of a stored run: whose weights it started from (``train.branching``)."""
 
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
 
@@ -67,6 +72,14 @@ class RunFolder:
         return self.path / "sinks"
 
     @property
+    def probes(self) -> Path:
+        return self.path / "probes"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def figures(self) -> Path:
         return self.path / "figures"
 
@@ -83,8 +96,40 @@ class RunFolder:
 
 
 def experiment_hash(settings: dict) -> str:
-    """Eight hex digits of everything in ``settings`` that decides what is computed."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
+    """Eight hex digits of everything in ``settings`` that decides what is computed.
+
+    Weights to start from count by their digest, not by where they lie. A kind counts where the
+    section's other settings don't tell it.
+    """
+    kept = _of_the_experiment(settings)
+    if parent := kept.pop(PARENT, None):
+        kept["init_from"] = parent["weights_sha256"]
+    return _hash(kept)
+
+
+def arm_hash(settings: dict) -> str:
+    """The same of the settings without ``seed`` and ``data_seed``: equal for all runs of an arm.
+
+    Of weights to start from, the parent's arm and the step count, so that branches of the seeds of
+    one arm are one arm.
+    """
+    kept = _of_the_experiment(settings)
+    del kept["seed"], kept["data_seed"]
+    if parent := kept.pop(PARENT, None):
+        kept["init_from"] = [parent["arm"], parent["step"]]
+    return _hash(kept)
+
+
+def _of_the_experiment(settings: dict) -> dict:
+    kept = without_told_kinds(settings)
+    kept = {name: value for name, value in kept.items() if name not in NOT_THE_EXPERIMENT}
+    # As runs were hashed before they could start from others.
+    if kept.get("init_from") is None:
+        kept.pop("init_from", None)
+    return kept
+
+
+def _hash(kept: dict) -> str:
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -141,28 +186,31 @@ def _read_config(path: Path) -> dict:
     return settings
 
 
-def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Settings by their names on the command line, ``packing.context``."""
+    values: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            values |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            values[prefix + name] = value
+    return values
 
 
 def _check_settings_agree(old: dict, new: dict) -> None:
     kept_old, kept_new = (
         {
             name: value
-            for name, value in _flat(settings).items()
+            for name, value in flat(settings).items()
             if name.split(".")[0] not in NOT_THE_EXPERIMENT and name not in MAY_CHANGE_ON_RESUME
         }
         for settings in (old, new)
     )
     for name in sorted(kept_old.keys() | kept_new.keys()):
         before, now = kept_old.get(name), kept_new.get(name)
-        if before != now:
+        # Folders from before kinds were stored have none; their checkpoint must fit all the same.
+        is_new = name.endswith(".kind") and name not in kept_old
+        if before != now and not is_new:
             raise UserError(f"{name} must stay {before!r} when a run is resumed, got {now!r}")
 
 
@@ -211,12 +259,14 @@ def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> str:
     return run_id
 
 
-def provenance(settings: dict, device: str, data: dict) -> dict:
+def provenance(settings: dict, experiment: str, device: str, data: dict) -> dict:
     """What is needed to know where a number came from: one start of a run."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["python", "-m", "train", *sys.argv[1:]],
+        "experiment": experiment,
         "hash": experiment_hash(settings),
+        "arm": arm_hash(settings),
         "git": _git_state(),
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
