@@ -1,4 +1,4 @@
-"""The folder a run leaves: its name, its provenance, and the rules for going on in it.
+"""The folder a run leaves: its name, its hashes, and the rules for going on in it.
 
     runs/<experiment>/<name>/
         config.yaml         every setting, resolved
@@ -17,23 +17,16 @@ included: equal settings mean the same folder, different ones never share it.
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from data.files import write_atomically
-from kernels.attention.fused.tiles import TABLE
 from kernels.errors import UserError
 from train.kinds import without_told_kinds
 
@@ -45,8 +38,6 @@ MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_wo
 
 PARENT = "parent"
 """Key beside the settings of a stored run: whose weights it started from (``train.branching``)."""
-
-PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
 
 
 @dataclass(frozen=True)
@@ -140,6 +131,9 @@ def run_name(settings: dict, overrides: list[str]) -> str:
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
         if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment"):
+            if name == "init_from":
+                # Of the parent's name its hash will do.
+                value = value.rsplit("-", 1)[-1].replace("@", ".")
             told.append(re.sub(r"[^A-Za-z0-9_.=+-]", "", f"{name.rsplit('.', 1)[-1]}={value}"))
     readable = "_".join(told)[:100] or "default"
     return f"{readable}-{experiment_hash(settings)}"
@@ -257,48 +251,3 @@ def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> str:
     text = json.dumps({"run_id": run_id, "starts": starts}, indent=2) + "\n"
     write_atomically(folder.provenance, text.encode())
     return run_id
-
-
-def provenance(settings: dict, experiment: str, device: str, data: dict) -> dict:
-    """What is needed to know where a number came from: one start of a run."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "train", *sys.argv[1:]],
-        "experiment": experiment,
-        "hash": experiment_hash(settings),
-        "arm": arm_hash(settings),
-        "git": _git_state(),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
-        "device": device,
-        "kernel_tiles_sha256": hashlib.sha256(TABLE.read_bytes()).hexdigest(),
-        "threads": torch.get_num_threads(),
-        "seed": settings["seed"],
-        "data_seed": settings["data_seed"],
-        "data": data,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the code and whether it had uncommitted changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -57,8 +57,9 @@ def load_run(path: Path | str) -> Run:
     folder = RunFolder(Path(path))
     if not folder.path.is_dir():
         raise UserError(f"{folder.path} must be a run folder, and there is no such folder")
+    content = _bytes(folder, folder.config)
     try:
-        settings = yaml.safe_load(_bytes(folder, folder.config))
+        settings = yaml.safe_load(content)
     except yaml.YAMLError as error:
         raise UserError(f"{folder.config} must be YAML: {_first_line(error)}") from error
     known = isinstance(settings, dict) and all(
@@ -66,8 +67,9 @@ def load_run(path: Path | str) -> Run:
     )
     if not known:
         raise UserError(f"{folder.config} must hold the settings of a run")
+    content = _bytes(folder, folder.provenance)
     try:
-        starts = json.loads(_bytes(folder, folder.provenance))
+        starts = json.loads(content)
         run_id, newest = starts["run_id"], dict(starts["starts"][-1])
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder.provenance} must hold a run_id and its starts") from error
@@ -119,7 +121,7 @@ class Run:
         try:
             return restored(self.settings)
         except UserError as error:
-            raise UserError(f"{self.folder.config}: {error}") from error
+            raise UserError(f"{self.folder.config}: {error}") from None
 
     @property
     def tokens_per_step(self) -> int:
