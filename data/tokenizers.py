@@ -341,6 +341,14 @@ def build_tokenizer(
     return kind.load(config, corpus, cache_dir)
 
 
+def read_tokenizer(path: Path, config: TokenizerConfig) -> TextTokenizer:
+    """The tokenizer that ``TextTokenizer.save`` wrote, with the special tokens of ``config``.
+
+    Raises ``UserError`` if the file can't be read or lacks one of them.
+    """
+    return FileTokenizer(_read(path, "a tokenizer must be an intact tokenizer.json"), config)
+
+
 def _cached(
     key: dict, make: Callable[[], tokenizers.Tokenizer], cache_dir: Path
 ) -> tokenizers.Tokenizer:

@@ -54,6 +54,20 @@ class PackedBatch:
     num_labels: Tensor
     cursor: RowCursor = field(default_factory=RowCursor)
 
+    @classmethod
+    def of_prompts(cls, tokens_BT: Tensor) -> PackedBatch:
+        """Rows of one document each under a causal mask, without labels: int64, on the CPU."""
+        batch_size, num_tokens = tokens_BT.shape
+        return cls(
+            tokens_BT=tokens_BT,
+            labels_BT=torch.full_like(tokens_BT, IGNORE_LABEL),
+            positions_BT=torch.arange(num_tokens).repeat(batch_size, 1),
+            document_BT=torch.ones(batch_size, num_tokens, dtype=torch.int32),
+            begins_BT=torch.ones(batch_size, num_tokens, dtype=torch.bool),
+            mask=IntervalMask.causal(batch_size, num_tokens),
+            num_labels=torch.tensor(0),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))

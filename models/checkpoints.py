@@ -61,7 +61,7 @@ def load_model(folder: Path | str) -> Decoder:
     or if the weights don't have the shapes that the settings give.
     """
     config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
-    description = _read_description(config_path)
+    description = read_description(folder)
     attention = dict(description["attention"])
     kind = attention.pop("kind", None)
     allowed = f"must be one of {', '.join(sorted(ATTENTIONS))}"
@@ -81,6 +81,32 @@ def load_model(folder: Path | str) -> Decoder:
     _check_shapes(weights_path, weights, decoder.state_dict())
     decoder.load_state_dict(weights, assign=True)
     return decoder
+
+
+def read_description(folder: Path | str) -> dict:
+    """The content of a model folder's ``model.json``, without its weights.
+
+    Raises ``UserError`` if it is missing, damaged or not ours.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        description = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    types = {"format": str, "vocab_size": int, "attention": dict, "model": dict}
+    for key, kind in {**types, "weights_sha256": str}.items():
+        value = description.get(key) if isinstance(description, dict) else None
+        if not isinstance(value, kind):
+            raise UserError(f"{path} isn't a model of this project: it has no valid {key!r}")
+    require(
+        description["format"] == FORMAT,
+        f"{path}: format",
+        f"must be {FORMAT!r}",
+        description["format"],
+    )
+    return description
 
 
 @contextmanager
@@ -107,27 +133,6 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 def contiguous_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as safetensors takes them."""
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def _read_description(path: Path) -> dict:
-    try:
-        description = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-    types = {"format": str, "vocab_size": int, "attention": dict, "model": dict}
-    for key, kind in {**types, "weights_sha256": str}.items():
-        value = description.get(key) if isinstance(description, dict) else None
-        if not isinstance(value, kind):
-            raise UserError(f"{path} isn't a model of this project: it has no valid {key!r}")
-    require(
-        description["format"] == FORMAT,
-        f"{path}: format",
-        f"must be {FORMAT!r}",
-        description["format"],
-    )
-    return description
 
 
 def _typed(schema: type, values: dict):

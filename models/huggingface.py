@@ -7,6 +7,7 @@ of a padded vocabulary are left out. transformers itself isn't needed to write t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -92,12 +93,24 @@ def to_huggingface(decoder: Decoder) -> tuple[dict, dict[str, Tensor]]:
     return config, contiguous_cpu(state)
 
 
-def export_huggingface(decoder: Decoder, folder: Path | str) -> None:
+def export_huggingface(
+    decoder: Decoder,
+    folder: Path | str,
+    *,
+    settings: Mapping[str, object] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write ``folder`` for ``LlamaForCausalLM.from_pretrained(folder)``, complete or not at all.
 
+    settings: entries of config.json that a decoder doesn't know, such as ids of special tokens.
+    files: what else the folder is to hold, such as the tokenizer's files.
     Raises ``UserError`` for a model that is no LLaMA or a folder that holds anything already.
     """
     config, state = to_huggingface(decoder)
     with new_folder(folder) as path:
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (path / "config.json").write_text(
+            json.dumps(config | dict(settings or {}), indent=2) + "\n"
+        )
+        for name, content in (files or {}).items():
+            (path / name).write_bytes(content)
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})

@@ -50,6 +50,15 @@ def main(settings: DictConfig) -> None:
         _failed_jobs.append(error)
 
 
+def _quoted(argument: str) -> str:
+    """The argument with its path quoted: run folders have "=" in their names, Hydra wants none."""
+    name, _, value = argument.partition("=")
+    if name not in ("run_dir", "init_from") or "=" not in value or value[0] in "'\"":
+        return argument
+    # A comma separates the values of a sweep.
+    return name + "=" + ",".join(f"'{path}'" for path in value.split(","))
+
+
 def _interrupted() -> int:
     print("interrupted: resume=true goes on from the last checkpoint", file=sys.stderr)
     return 130
@@ -57,7 +66,7 @@ def _interrupted() -> int:
 
 def command(arguments: list[str]) -> int:
     """Run ``python -m train`` with these arguments; returns the exit code."""
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = [sys.argv[0], *map(_quoted, arguments)]
     _failed_jobs.clear()
     try:
         main()

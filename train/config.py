@@ -14,16 +14,14 @@ import hydra
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from data.corpora import CORPORA
 from data.packing import PackingConfig
-from data.tokenizers import TOKENIZERS
 from kernels.errors import UserError, require
-from models.attention import ATTENTIONS
 from models.decoder import DecoderConfig
+from train.kinds import GROUPS, kind_of, told_kind
 from train.loggers import LoggerConfig
-from train.optimizers import OPTIMIZERS
-from train.schedules import SCHEDULES
+from train.run_folder import PARENT
 from train.tracking import TrackingConfig
 
 
@@ -86,6 +84,9 @@ class RunConfig:
     """Folder of tokenizers and token stores, shared by all runs."""
     resume: bool = False
     """Go on from the run folder's last.ckpt; a folder without one starts from the beginning."""
+    init_from: str | None = None
+    """RUN@STEP: start from the weights that the run in folder RUN kept at STEP, a number or last,
+    instead of from ``seed``; optimizer, step and data begin anew."""
 
     def __post_init__(self):
         for name in ("seed", "data_seed"):
@@ -102,16 +103,9 @@ def register_configs() -> None:
     store.store(group="trainer", name="default", node=TrainerConfig)
     store.store(group="tracking", name="default", node=TrackingConfig)
     store.store(group="logger", name="default", node=LoggerConfig)
-    for name, variant in ATTENTIONS.items():
-        store.store(group="attention", name=name, node=variant.Config)
-    for name, variant in CORPORA.items():
-        store.store(group="corpus", name=name, node=variant.Config)
-    for name, variant in TOKENIZERS.items():
-        store.store(group="tokenizer", name=name, node=variant.Config)
-    for name, (config_class, _) in OPTIMIZERS.items():
-        store.store(group="optimizer", name=name, node=config_class)
-    for name, config_class in SCHEDULES.items():
-        store.store(group="schedule", name=name, node=config_class)
+    for group, kinds in GROUPS.items():
+        for name, config_class in kinds.items():
+            store.store(group=group, name=name, node=config_class)
 
 
 def compose(overrides: list[str]) -> tuple[RunConfig, dict]:
@@ -147,7 +141,37 @@ def _check_keys(node: DictConfig, prefix: str) -> None:
 
 
 def plain(settings: DictConfig) -> dict:
-    """Settings as dictionaries, lists, numbers and strings: what is hashed and stored."""
+    """Settings as dictionaries, lists, numbers and strings: what is hashed and stored.
+
+    The sections of ``train.kinds.GROUPS`` begin with their ``kind``.
+    """
     values = OmegaConf.to_container(settings, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
+    for group in GROUPS:
+        kind = kind_of(group, OmegaConf.get_type(settings, group))
+        values[group] = {"kind": kind, **values[group]}
     return values
+
+
+def restored(settings: dict) -> RunConfig:
+    """The run that plain settings describe, as ``plain`` made them; what they lack is the default.
+
+    Raises ``UserError`` for a kind, key or value that doesn't exist here.
+    """
+    values = {name: value for name, value in settings.items() if name != PARENT}
+    for group, kinds in GROUPS.items():
+        section = dict(values[group])
+        kind = section.pop("kind", None) or told_kind(group, section)
+        require(kind in kinds, f"{group}.kind", f"must be one of {', '.join(kinds)}", kind)
+        values[group] = _merged(kinds[kind], section, f"{group}.")
+    return typed(_merged(RunConfig, values, ""))
+
+
+def _merged(config_class: type, values: dict, prefix: str) -> DictConfig:
+    schema = OmegaConf.structured(config_class)
+    try:
+        merged = OmegaConf.merge(schema, values)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged

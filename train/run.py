@@ -11,6 +11,7 @@ from data.module import TokenDataModule
 from kernels.attention import StatisticsLevel
 from kernels.errors import UserError, require
 from models.decoder import Decoder
+from train.branching import find_parent, start_from
 from train.callbacks.checkpoints import CheckpointSchedule, RandomState, check_state_file
 from train.callbacks.progress import ProgressDisplay
 from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
@@ -20,11 +21,12 @@ from train.figures import draw_figures
 from train.loggers import MetricsCSV, build_wandb_logger, wandb_mode
 from train.metrics import HORIZON
 from train.module import PretrainModule
+from train.provenance import provenance
 from train.run_folder import (
+    PARENT,
     RunFolder,
     drop_after,
     open_run_folder,
-    provenance,
     write_run_files,
 )
 from train.schedules import ConstantSchedule, check_schedule
@@ -43,6 +45,9 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     if not isinstance(config.schedule, ConstantSchedule):
         # A resume may lengthen the run, but not bend the curve it is on.
         settings["schedule"]["total_steps"] = total_steps
+    if config.init_from is not None:
+        settings[PARENT] = find_parent(settings)
+    parent = settings.get(PARENT)
     mode = wandb_mode(config.logger)
     folder, resuming = open_run_folder(settings, experiment, overrides)
 
@@ -69,6 +74,8 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     )
     _check_positions(module.decoder, config.packing.context)
     step = check_state_file(folder, module, data) if resuming else -1
+    if parent is not None and not resuming:
+        start_from(module.decoder, parent, data.tokenizer.sha256)
     if step >= config.trainer.max_steps:
         raise UserError(
             f"trainer.max_steps must be > {step} to go on with the run in {folder.path}, "
@@ -78,8 +85,9 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
     device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
     measured = {"alpha_kind": module.decoder.alpha_kind}
-    origin = provenance(settings, device, _data_provenance(data)) | measured
+    origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
     run_id = write_run_files(folder, settings, origin)
+    data.tokenizer.save(folder.tokenizer)
     drop_after(folder, step)
     metrics = MetricsCSV(folder.metrics)
     metrics.keep_until(step)
@@ -195,6 +203,8 @@ def _print_start(
         *data.describe(),
         f"run      {folder.path}" + (f", going on from step {step}" if step >= 0 else ""),
     ]
+    if config.init_from is not None and step < 0:
+        lines.append(f"start    the weights of {config.init_from}")
     if config.resume and step < 0:
         lines.append(f"no checkpoint to resume in {folder.path}: starting from the beginning")
     if min(config.packing.context, config.attention.window or HORIZON) < HORIZON:

@@ -1,8 +1,9 @@
-"""The folder a run leaves: its name, its provenance, and the rules for going on in it.
+"""The folder a run leaves: its name, its hashes, and the rules for going on in it.
 
     runs/<experiment>/<name>/
         config.yaml         every setting, resolved
         provenance.json     commit, versions, device, seeds, command, data
+        tokenizer.json      the tokenizer
         metrics.csv         one row a logged step
         sinks/              part-<step>.parquet: every layer and head
         checkpoints/        step_00000128/ (weights and model config), last.ckpt (training state)
@@ -16,24 +17,18 @@ included: equal settings mean the same folder, different ones never share it.
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from data.files import write_atomically
-from kernels.attention.fused.tiles import TABLE
 from kernels.errors import UserError
+from train.kinds import without_told_kinds
 
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
@@ -41,7 +36,8 @@ NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
 """Settings of the experiment that a resumed run may nevertheless change."""
 
-PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
+PARENT = "parent"
+"""Key beside the settings of a stored run: whose weights it started from (``train.branching``)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,14 @@ class RunFolder:
         return self.path / "sinks"
 
     @property
+    def probes(self) -> Path:
+        return self.path / "probes"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def figures(self) -> Path:
         return self.path / "figures"
 
@@ -83,8 +87,40 @@ class RunFolder:
 
 
 def experiment_hash(settings: dict) -> str:
-    """Eight hex digits of everything in ``settings`` that decides what is computed."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
+    """Eight hex digits of everything in ``settings`` that decides what is computed.
+
+    Weights to start from count by their digest, not by where they lie. A kind counts where the
+    section's other settings don't tell it.
+    """
+    kept = _of_the_experiment(settings)
+    if parent := kept.pop(PARENT, None):
+        kept["init_from"] = parent["weights_sha256"]
+    return _hash(kept)
+
+
+def arm_hash(settings: dict) -> str:
+    """The same of the settings without ``seed`` and ``data_seed``: equal for all runs of an arm.
+
+    Of weights to start from, the parent's arm and the step count, so that branches of the seeds of
+    one arm are one arm.
+    """
+    kept = _of_the_experiment(settings)
+    del kept["seed"], kept["data_seed"]
+    if parent := kept.pop(PARENT, None):
+        kept["init_from"] = [parent["arm"], parent["step"]]
+    return _hash(kept)
+
+
+def _of_the_experiment(settings: dict) -> dict:
+    kept = without_told_kinds(settings)
+    kept = {name: value for name, value in kept.items() if name not in NOT_THE_EXPERIMENT}
+    # As runs were hashed before they could start from others.
+    if kept.get("init_from") is None:
+        kept.pop("init_from", None)
+    return kept
+
+
+def _hash(kept: dict) -> str:
     text = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -95,6 +131,9 @@ def run_name(settings: dict, overrides: list[str]) -> str:
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
         if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment"):
+            if name == "init_from":
+                # Of the parent's name its hash will do.
+                value = value.rsplit("-", 1)[-1].replace("@", ".")
             told.append(re.sub(r"[^A-Za-z0-9_.=+-]", "", f"{name.rsplit('.', 1)[-1]}={value}"))
     readable = "_".join(told)[:100] or "default"
     return f"{readable}-{experiment_hash(settings)}"
@@ -141,28 +180,31 @@ def _read_config(path: Path) -> dict:
     return settings
 
 
-def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Settings by their names on the command line, ``packing.context``."""
+    values: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            values |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            values[prefix + name] = value
+    return values
 
 
 def _check_settings_agree(old: dict, new: dict) -> None:
     kept_old, kept_new = (
         {
             name: value
-            for name, value in _flat(settings).items()
+            for name, value in flat(settings).items()
             if name.split(".")[0] not in NOT_THE_EXPERIMENT and name not in MAY_CHANGE_ON_RESUME
         }
         for settings in (old, new)
     )
     for name in sorted(kept_old.keys() | kept_new.keys()):
         before, now = kept_old.get(name), kept_new.get(name)
-        if before != now:
+        # Folders from before kinds were stored have none; their checkpoint must fit all the same.
+        is_new = name.endswith(".kind") and name not in kept_old
+        if before != now and not is_new:
             raise UserError(f"{name} must stay {before!r} when a run is resumed, got {now!r}")
 
 
@@ -209,46 +251,3 @@ def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> str:
     text = json.dumps({"run_id": run_id, "starts": starts}, indent=2) + "\n"
     write_atomically(folder.provenance, text.encode())
     return run_id
-
-
-def provenance(settings: dict, device: str, data: dict) -> dict:
-    """What is needed to know where a number came from: one start of a run."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "train", *sys.argv[1:]],
-        "hash": experiment_hash(settings),
-        "git": _git_state(),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
-        "device": device,
-        "kernel_tiles_sha256": hashlib.sha256(TABLE.read_bytes()).hexdigest(),
-        "threads": torch.get_num_threads(),
-        "seed": settings["seed"],
-        "data_seed": settings["data_seed"],
-        "data": data,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the code and whether it had uncommitted changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

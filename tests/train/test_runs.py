@@ -57,6 +57,7 @@ def test_a_run_leaves_every_file_of_its_folder(train, tmp_path, capsys):
     expected = {
         "config.yaml",
         "provenance.json",
+        "tokenizer.json",
         "metrics.csv",
         "sinks/part-00000004.parquet",
         "checkpoints/last.ckpt",

@@ -1,0 +1,18 @@
+"""One small finished run that tests may read, never write."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def kept_run(cache_dir, tmp_path_factory) -> Path:
+    """Eight steps of ``debug=cpu`` with a pinned BOS, validated at 0, 4 and 8."""
+    from train.__main__ import command
+
+    # "=" as the names have that runs get by themselves.
+    folder = tmp_path_factory.mktemp("kept") / "seed=3-0a1b2c3d"
+    settings = ("seed=3", "trainer.max_steps=8", "tracking.validate_every=4", "optimizer.lr=0.01")
+    arguments = ("debug=cpu", f"cache_dir={cache_dir}", f"run_dir={folder}", *settings)
+    assert command(list(arguments)) == 0
+    return folder

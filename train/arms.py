@@ -1,0 +1,77 @@
+"""In which settings runs differ, and what to call their arms: runs that differ in seeds only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from train.config import plain
+from train.kinds import GROUPS
+from train.run_folder import NOT_THE_EXPERIMENT, PARENT, flat
+
+if TYPE_CHECKING:
+    from train.runs import Run
+
+SEEDS = ("seed", "data_seed")
+
+
+def differences(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a run, by its path: a column a setting that differs, then ``seed``, ``data_seed``.
+
+    Names and values are the command line's; a setting that a run's kind hasn't is None, and is
+    left out if all runs that have it agree. Weights to start from are the arm and the step of the
+    parent, ``0a1b2c3d@128``.
+    """
+    settings = [_comparable(run) for run in runs]
+    names = list(dict.fromkeys(name for one in settings for name in one if name not in SEEDS))
+    different = [
+        name
+        for name in names
+        if len({json.dumps(one[name], default=str) for one in settings if name in one}) > 1
+    ]
+    columns = {name: [one.get(name) for one in settings] for name in (*different, *SEEDS)}
+    table = pd.DataFrame(
+        {name: pd.Series(values, dtype=object) for name, values in columns.items()}
+    )
+    table = table.astype(dict.fromkeys(SEEDS, int))
+    table.index = pd.Index([str(run.path) for run in runs], name="run")
+    return table
+
+
+def arm_label(runs: Sequence[Run]) -> dict[Path, str]:
+    """A name for the arm of each run by its path, made of the settings that differ.
+
+    ``packing.mask=document, packing.bos=pinned``; the experiment's name if none does.
+    """
+    different = {name for name in differences(runs).columns if name not in SEEDS}
+    labels = {}
+    for run in runs:
+        told = [
+            f"{name}={_told(value)}"
+            for name, value in _comparable(run).items()
+            if name in different
+        ]
+        labels[run.path] = ", ".join(told) or run.experiment
+    return labels
+
+
+def _comparable(run: Run) -> dict[str, Any]:
+    """What decides what a run computes, flat, settings that its folder lacks at their default."""
+    settings = plain(OmegaConf.structured(run.config))
+    kept = {name: value for name, value in settings.items() if name not in NOT_THE_EXPERIMENT}
+    if parent := run.settings.get(PARENT):
+        kept["init_from"] = f"{parent['arm']}@{parent['step']}"
+    kinds = {f"{group}.kind": group for group in GROUPS}
+    return {kinds.get(name, name): value for name, value in flat(kept).items()}
+
+
+def _told(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, separators=(",", ":"))
