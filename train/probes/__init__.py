@@ -1,0 +1,1 @@
+"""Probes of checkpoints: one file each, with its formula, paper and cost."""
