@@ -34,7 +34,8 @@ For kinds that are no softmax P is the papers' proxy, whose rows may be empty. S
 under every mask, so with one p never gives itself all; kinds without one have no slot masses. In a
 layer with a window, queries that are too far to see a key count as 0.
 
-Cost: 4 L + 1 forward passes over 16 prompts (1024 tokens), with attention matrices.
+Cost: 4 L + 1 forward passes over 16 prompts (1024 tokens), with attention matrices. 1.2 s of one
+core for the CPU preset.
 
 Axes: B rows, T query and S key positions, L layers, H query heads.
 """
