@@ -31,7 +31,7 @@ from models.batch import PackedBatch
 from models.feed_forwards import FEED_FORWARDS
 from models.initialization import INITIALIZATIONS
 from models.norms import NORMS, at_least_fp32
-from models.overrides import LayerOverride, check_overrides
+from models.overrides import LayerOverride, check_overrides, overridden
 from models.positions import POSITIONS
 
 
@@ -213,10 +213,9 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, inputs: LayerInputs) -> tuple[Tensor, LayerRecord]:
         if inputs.sink_11C is not None:
             inputs = inputs._replace(sink_11C=self._read(self.attention_norm, inputs.sink_11C))
+        x_BTC = overridden(inputs.override, "input", x_BTC)
         attended = self.attention(self._read(self.attention_norm, x_BTC), inputs)
-        x_BTC = self._add_both(x_BTC, attended.y_BTC)
-        if inputs.override is not None:
-            x_BTC = inputs.override.block_output(x_BTC)
+        x_BTC = self._add_both(x_BTC, attended.y_BTC, inputs.override)
         hidden_norm_BT = None
         if inputs.statistics != "off":
             hidden_norm_BT = torch.linalg.vector_norm(at_least_fp32(x_BTC.detach()), dim=-1)
@@ -229,20 +228,23 @@ class Block(nn.Module):
 
     def alone(self, x_11C: Tensor) -> Tensor:
         """The block's output for a token that sees itself alone."""
-        return self._add_both(x_11C, self.attention.alone(self._read(self.attention_norm, x_11C)))
+        attended_11C = self.attention.alone(self._read(self.attention_norm, x_11C))
+        return self._add_both(x_11C, attended_11C, None)
 
-    def _add_both(self, x_BTC: Tensor, attended_BTC: Tensor) -> Tensor:
-        x_BTC = self._add(self.attention_norm, self.attention_output_norm, x_BTC, attended_BTC)
+    def _add_both(self, x_BTC: Tensor, y_BTC: Tensor, override: LayerOverride | None) -> Tensor:
+        y_BTC = overridden(override, "attention_output", self.attention_output_norm(y_BTC))
+        x_BTC = overridden(override, "middle", self._sum(self.attention_norm, x_BTC, y_BTC))
         y_BTC = self.feed_forward(self._read(self.feed_forward_norm, x_BTC))
-        return self._add(self.feed_forward_norm, self.feed_forward_output_norm, x_BTC, y_BTC)
+        y_BTC = self.feed_forward_output_norm(y_BTC)
+        y_BTC = overridden(override, "feed_forward_output", y_BTC)
+        x_BTC = self._sum(self.feed_forward_norm, x_BTC, y_BTC)
+        return overridden(override, "output", x_BTC)
 
     def _read(self, norm: nn.Module, x_BTC: Tensor) -> Tensor:
         return x_BTC if self.place is NormPlace.after else norm(x_BTC)
 
-    def _add(self, norm: nn.Module, output_norm: nn.Module, x_BTC: Tensor, y_BTC: Tensor) -> Tensor:
-        if self.place is NormPlace.after:
-            return norm(x_BTC + y_BTC)
-        return x_BTC + output_norm(y_BTC)
+    def _sum(self, norm: nn.Module, x_BTC: Tensor, y_BTC: Tensor) -> Tensor:
+        return norm(x_BTC + y_BTC) if self.place is NormPlace.after else x_BTC + y_BTC
 
 
 class Decoder(nn.Module):

@@ -2,6 +2,7 @@
 
     decoder(batch, {3: LayerOverride(v=lambda v: v * 0)})     layer 3 with its values zeroed
     decoder(batch, {0: LayerOverride(output=clean_BTC)})      activation patching
+    decoder(batch, {0: LayerOverride(feed_forward_output=lambda y: y * 0)})   without a feed-forward
     decoder(batch, {2: LayerOverride()}).layers[2].probabilities_BHTS     an attention matrix
 
 A slot (a bias, a sink token) is no key: replaced values and masks leave it as it is, but for
@@ -30,16 +31,29 @@ Replacement = Tensor | Callable[[Tensor], Tensor] | None
 class LayerOverride:
     """What one layer uses instead of its own values; the layer runs the reference attention.
 
-    q, k, v: q_BTHD, k_BTGD, v_BTGE after the position encoding. mask: bool_BTS or a ``DenseMask``.
-    output: output_BTC, the residual stream after the block. Each is a replacement, a callable from
-    the layer's own value to one, or None. Raises ``UserError`` if a replacement has another shape
-    or dtype than what it replaces.
+    In the order in which the block comes to them:
+
+    input: x_BTC, the residual stream that the block reads; a sink token's own stays as it is.
+    q, k, v: q_BTHD, k_BTGD, v_BTGE after the position encoding.
+    mask: bool_BTS or a ``DenseMask``.
+    attention_output: y_BTC, what the attention adds to the residual stream: after its own norm
+        under ``model.norm_place=both``, before the norm of the sum under ``after``.
+    middle: x_BTC, the residual stream between attention and feed-forward, normed under ``after``.
+    feed_forward_output: y_BTC, the same of the feed-forward as ``attention_output``.
+    output: output_BTC, the residual stream after the block.
+
+    Each is a replacement, a callable from the layer's own value to one, or None. Raises
+    ``UserError`` if a replacement has another shape or dtype than what it replaces.
     """
 
+    input: Replacement = None
     q: Replacement = None
     k: Replacement = None
     v: Replacement = None
     mask: Tensor | DenseMask | Callable[[DenseMask], Tensor | DenseMask] | None = None
+    attention_output: Replacement = None
+    middle: Replacement = None
+    feed_forward_output: Replacement = None
     output: Replacement = None
 
     def inputs(
@@ -53,10 +67,6 @@ class LayerOverride:
             self._replaced_mask(mask.to_dense()),
         )
 
-    def block_output(self, output_BTC: Tensor) -> Tensor:
-        """The residual stream that the block is to hand on."""
-        return _replaced("output", self.output, output_BTC)
-
     def _replaced_mask(self, own: DenseMask) -> DenseMask:
         if self.mask is None:
             return own
@@ -64,6 +74,11 @@ class LayerOverride:
         is_dense = isinstance(mask, DenseMask)
         _check("mask", mask.visible_BTS if is_dense else mask, own.visible_BTS)
         return mask if is_dense else replace(own, visible_BTS=mask)
+
+
+def overridden(override: LayerOverride | None, field: str, own_BTC: Tensor) -> Tensor:
+    """What a block is to use instead of its own ``field``, one of those that are [B, T, C]."""
+    return own_BTC if override is None else _replaced(field, getattr(override, field), own_BTC)
 
 
 def check_overrides(overrides: Mapping[int, LayerOverride], num_layers: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from kernels.errors import UserError
 from kernels.masks import DenseMask, IntervalMask
+from models.decoder import NormPlace
 from models.overrides import LayerOverride
 
 DOCUMENTS = [[1] * 9 + [2] * 7, [1] * 12 + [-1] * 4]
@@ -141,6 +142,69 @@ def test_a_patched_output_gives_the_clean_logits(decoder, batch, batch_of):
     assert (decoder(batch).logits_BTV - clean_BTV).abs().max() > 0.1
 
 
+STREAM = ("input", "attention_output", "middle", "feed_forward_output", "output")
+
+
+@pytest.mark.parametrize("place", NormPlace)
+def test_what_is_read_of_the_stream_adds_up(decoder_of, batch, place):
+    """Each half adds what is read, after its own norm, to the stream; ``after`` norms the sums."""
+    decoder = decoder_of(norm_place=place)
+    override, seen = reading(**dict.fromkeys(STREAM))
+    record = decoder(batch, {1: override}).layers[1]
+    block = decoder.blocks[1]
+    is_after = place is NormPlace.after
+    norms = (
+        (block.attention_norm, block.feed_forward_norm) if is_after else (torch.nn.Identity(),) * 2
+    )
+    same(seen["middle"], norms[0](seen["input"] + seen["attention_output"]))
+    same(seen["output"], norms[1](seen["middle"] + seen["feed_forward_output"]))
+    same(record.hidden_norm_BT, seen["output"].norm(dim=-1))
+    read = seen["middle"] if is_after else block.feed_forward_norm(seen["middle"])
+    fed = block.feed_forward(read)
+    same(seen["feed_forward_output"], block.feed_forward_output_norm(fed))
+
+
+@pytest.mark.parametrize("place", [NormPlace.before, NormPlace.both])
+def test_a_block_whose_halves_add_nothing_hands_on_what_it_reads(decoder_of, batch, place):
+    def nothing(y_BTC):
+        return torch.zeros_like(y_BTC)
+
+    override, seen = reading(input=None, output=None)
+    override = replace(override, attention_output=nothing, feed_forward_output=nothing)
+    decoder = decoder_of(norm_place=place)
+    output = decoder(batch, {1: override})
+    same(seen["output"], seen["input"])
+    decoder.blocks = torch.nn.ModuleList([decoder.blocks[0], decoder.blocks[2]])
+    same(output.logits_BTV, decoder(batch).logits_BTV)
+
+
+@pytest.mark.parametrize("field", ["input", "middle"])
+def test_a_patched_stream_inside_a_block_gives_the_clean_logits(decoder, batch, batch_of, field):
+    clean = batch_of(DOCUMENTS)
+    clean.tokens_BT = clean.tokens_BT.flip(1)
+    override, seen = reading(**{field: None})
+    clean_BTV = decoder(clean, {1: override}).logits_BTV
+    patched = decoder(batch, {1: LayerOverride(**{field: seen[field]})})
+    same(patched.logits_BTV, clean_BTV)
+    assert (decoder(batch).logits_BTV - clean_BTV).abs().max() > 0.1
+
+
+def test_a_feed_forward_is_zeroed_at_one_position(decoder, batch):
+    """The others' states after the block stay, its own is what the attention left."""
+
+    def zeroed(y_BTC):
+        return y_BTC.index_fill(1, torch.tensor([4]), 0)
+
+    override, seen = reading(middle=None, output=None)
+    plain_override, plain = reading(output=None)
+    decoder(batch, {1: replace(override, feed_forward_output=zeroed)})
+    decoder(batch, {1: plain_override})
+    others = [t for t in range(16) if t != 4]
+    same(seen["output"][:, others], plain["output"][:, others])
+    same(seen["output"][:, 4], seen["middle"][:, 4])
+    assert (seen["output"][:, 4] - plain["output"][:, 4]).abs().max() > 0.1
+
+
 def test_gradients_pass_an_override(decoder, batch):
     decoder(batch, {1: LayerOverride(v=lambda v: 2 * v)}).logits_BTV.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.parameters())
@@ -181,6 +245,14 @@ def test_overridden_layers_run_the_reference_and_the_others_what_they_would(
             "LayerOverride.output must be float64 (2, 16, 48), got NoneType",
         ),
         (
+            {1: LayerOverride(input=torch.zeros(2, 16, 47).double())},
+            "LayerOverride.input must be float64 (2, 16, 48), got float64 (2, 16, 47)",
+        ),
+        (
+            {1: LayerOverride(feed_forward_output=0)},
+            "LayerOverride.feed_forward_output must be float64 (2, 16, 48), got int",
+        ),
+        (
             {1: LayerOverride(mask=torch.ones(2, 16, 15, dtype=torch.bool))},
             "LayerOverride.mask must be bool (2, 16, 16), got bool (2, 16, 15)",
         ),
@@ -189,7 +261,18 @@ def test_overridden_layers_run_the_reference_and_the_others_what_they_would(
             "LayerOverride.mask must be bool (2, 16, 16), got NoneType",
         ),
     ],
-    ids=["layer", "negative", "not-override", "shape", "dtype", "nothing", "mask", "no-mask"],
+    ids=[
+        "layer",
+        "negative",
+        "not-override",
+        "shape",
+        "dtype",
+        "nothing",
+        "width",
+        "number",
+        "mask",
+        "no-mask",
+    ],
 )
 def test_wrong_overrides_end_in_one_line(decoder, batch, overrides, message):
     with pytest.raises(UserError) as error:

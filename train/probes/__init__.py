@@ -1,1 +1,1 @@
-"""Probes: what a finished model shows when it is asked, by our definitions."""
+"""Probes of checkpoints: one file each, with its formula, paper and cost."""
