@@ -115,8 +115,10 @@ def load_causal_lm(folder: Path | str, device: torch.device | str = "cpu") -> tu
             f"{folder}: {type(error).__name__}: {reason[:300]}"
         ) from error
     missing = sorted(report["missing_keys"])
-    # transformers would leave them at random.
-    require(not missing, "hf", "must hold every weight of its model, missing", missing[:3])
+    if missing:
+        # transformers would leave them at random.
+        shown = ", ".join(missing[:3])
+        raise UserError(f"hf must hold every weight of its model, got {folder} without {shown}")
     require(model._supports_attention_backend, "hf", _BY_INTERFACE, type(model).__name__)
     return model.to(device).eval(), tokenizer
 
