@@ -38,6 +38,9 @@ from kernels.errors import UserError
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
 
+SEEDS = ("seed", "data_seed")
+"""Settings in which the runs of an arm differ."""
+
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
 """Settings of the experiment that a resumed run may nevertheless change."""
 
@@ -89,15 +92,31 @@ def experiment_hash(settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def arm_hash(settings: dict) -> str:
+    """Eight hex digits of ``settings`` without the seeds: equal for the runs of an arm."""
+    return experiment_hash({name: v for name, v in settings.items() if name not in SEEDS})
+
+
 def run_name(settings: dict, overrides: list[str]) -> str:
     """Readable overrides, then the hash: ``packing=document_seed=1-0a1b2c3d``."""
+    return f"{_readable(overrides) or 'default'}-{experiment_hash(settings)}"
+
+
+def arm_name(experiment: str, overrides: list[str]) -> str:
+    """The arm in readable form, without seeds: ``packing=document``, ``gu60m/attention=gated``."""
+    told = _readable(overrides, left_out=SEEDS)
+    if experiment == "default":
+        return told or experiment
+    return f"{experiment}/{told}" if told else experiment
+
+
+def _readable(overrides: list[str], left_out: tuple[str, ...] = ()) -> str:
     told = []
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
-        if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment"):
+        if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment", *left_out):
             told.append(re.sub(r"[^A-Za-z0-9_.=+-]", "", f"{name.rsplit('.', 1)[-1]}={value}"))
-    readable = "_".join(told)[:100] or "default"
-    return f"{readable}-{experiment_hash(settings)}"
+    return "_".join(told)[:100]
 
 
 def open_run_folder(
