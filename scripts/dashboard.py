@@ -219,7 +219,7 @@ def main(arguments: list[str]) -> None:
     require(bool(options.project), "--project", "must have a name", options.project)
     workspace = build_workspace(options.entity, options.project, options.layers)
     if options.dry_run or not _logged_in():
-        why = "" if options.dry_run else ", but there is no W&B login (`wandb login`)"
+        why = "" if options.dry_run else ", but there is no working W&B login (`wandb login`)"
         where = f"{options.entity or '<your entity>'}/{options.project}"
         print(f"this would be saved to {where}{why}:")
         print("\n".join(describe(workspace)))

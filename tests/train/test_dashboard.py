@@ -58,7 +58,7 @@ def test_it_says_what_it_would_save_without_a_login(capsys, monkeypatch):
     monkeypatch.setattr(wandb, "login", lambda prompt: prompt)
     assert command(["--project", "mine"]) == 0
     printed = capsys.readouterr().out
-    assert "would be saved to <your entity>/mine, but there is no W&B login" in printed
+    assert "would be saved to <your entity>/mine, but there is no working W&B login" in printed
     for name in ("sink/excess", "layers/sink/mass/layer_00", "figures/heads_t64_text"):
         assert name in printed
 
