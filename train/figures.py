@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -119,7 +120,14 @@ def _proxy(table: pd.DataFrame) -> str:
 
 def _sinks_by_head(first: pd.DataFrame) -> Figure:
     step = first["step"].max()
-    grid = first[first["step"] == step].pivot(index="layer", columns="head", values="alpha")
+    latest = first[first["step"] == step]
+    grid = latest.pivot(index="layer", columns="head", values="alpha")
+    title = f"Attention to the first key, step {step}"
+    return _head_map(grid, latest["baseline"].mean(), title, _proxy(first))
+
+
+def _head_map(grid: pd.DataFrame, uniform: float, title: str, mark: str) -> Figure:
+    """Layers down, heads across, on a fixed scale with the uniform baseline marked."""
     layers, heads = grid.shape
     figure, (axis,) = _new(width=max(4.6, 2.6 + 0.45 * heads), height=1.8 + 0.4 * layers)
     image = axis.imshow(grid, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
@@ -132,14 +140,28 @@ def _sinks_by_head(first: pd.DataFrame) -> Figure:
     axis.set_yticks(range(layers), grid.index)
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
-    axis.set(xlabel="head", ylabel="layer", title=f"Attention to the first key, step {step}")
-    bar = figure.colorbar(image, ax=axis, label=f"mean attention{_proxy(first)}")
-    uniform = first[first["step"] == step]["baseline"].mean()
+    axis.set(xlabel="head", ylabel="layer", title=title)
+    bar = figure.colorbar(image, ax=axis, label=f"mean attention{mark}")
     bar.ax.axhline(uniform, **BASELINE)
     bar.ax.text(
         1.15, uniform, " uniform", va="center", size=7, transform=bar.ax.get_yaxis_transform()
     )
     return figure
+
+
+def head_map_picture(
+    alpha_LH: np.ndarray, uniform: float, title: str, alpha_kind: str
+) -> np.ndarray:
+    """A small picture of alpha by layer and head, bytes [height, width, 4].
+
+    uniform: alpha of a head that attends uniformly. NaN, of a head without a sample, stays blank.
+    """
+    mark = " (proxy)" if alpha_kind == "proxy" else ""
+    figure = _head_map(pd.DataFrame(alpha_LH), uniform, title, mark)
+    figure.set_dpi(80)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def _norm_ratios(metrics: pd.DataFrame) -> Figure | None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from data.files import write_atomically
 from kernels.errors import require
+from train.run_folder import arm_hash, arm_name
+from train.wandb_names import LAYERS, wandb_key
 
 
 class WandbMode(StrEnum):
@@ -31,6 +34,8 @@ class LoggerConfig:
     """auto = $WANDB_MODE if set; else online when logged in, offline when not. Never asks."""
     project: str = "sinklab"
     """W&B project."""
+    everything: bool = False
+    """Send W&B every threshold and aggregation of the sinks, not just the headline ones."""
 
 
 class MetricsCSV(Logger):
@@ -111,12 +116,64 @@ def wandb_mode(config: LoggerConfig) -> str:
     return "online" if logged_in else "offline"
 
 
+class WandbRun(WandbLogger):
+    """Writes rows to a W&B run, under the names of ``train.wandb_names``.
+
+    W&B's own step is the training step, and ``step`` and ``tokens`` are in every row as axes. A row
+    is sent when it is logged, but for that of ``last_step``, which the figures of the end join.
+    """
+
+    def __init__(self, run: Any, project: str, last_step: int, everything: bool):
+        super().__init__(project=project, experiment=run)
+        self.last_step = last_step
+        self.everything = everything
+        # Hidden: an axis needs no panel of its own.
+        run.define_metric("step", hidden=True)
+        run.define_metric("tokens", step_metric="step", hidden=True)
+        self._sections: set[str] = set()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        named = {wandb_key(name, everything=self.everything): v for name, v in metrics.items()}
+        named.pop(None, None)
+        self._define_sections(named)
+        self.experiment.log({"step": step} | named, step=step, commit=step < self.last_step)
+
+    def _define_sections(self, names: Iterable[str]) -> None:
+        # One by one, because W&B takes either of two patterns that fit a name.
+        found = {name.split("/")[0] for name in names if "/" in name}
+        for section in sorted(found - self._sections):
+            self._sections.add(section)
+            # By layer, the table of runs would have hundreds of columns.
+            summary = "none" if section == LAYERS else None
+            self.experiment.define_metric(f"{section}/*", step_metric="step", summary=summary)
+
+    @rank_zero_only
+    def log_figures(self, figures: dict[str, Any], step: int) -> None:
+        """Pictures by key, in the row of ``step``, which must not be logged yet unless it is the
+        last one's. A picture is a file's path or an array [height, width, 4] of bytes."""
+        self._define_sections(figures)
+        images = {key: wandb.Image(picture) for key, picture in figures.items()}
+        self.experiment.log(images, step=step, commit=False)
+
+
 def build_wandb_logger(
-    config: LoggerConfig, mode: str, run_dir: Path, run_id: str, settings: dict
-) -> WandbLogger | None:
+    config: LoggerConfig,
+    mode: str,
+    run_dir: Path,
+    run_id: str,
+    settings: dict,
+    measured: dict,
+    *,
+    experiment: str,
+    overrides: list[str],
+) -> WandbRun | None:
     """W&B's logger, None where ``mode`` (of ``wandb_mode``) is disabled.
 
-    ``run_id`` stays the same over resumes, so that ``wandb sync`` merges their offline runs.
+    ``run_id`` stays the same over resumes, so that ``wandb sync`` merges their offline runs; an
+    agent's run has the id that its sweep waits for. The runs of an arm share their group, the hash
+    of their settings without the seeds, and ``arm`` in the config. measured: what the config shows
+    beside the settings.
     """
     if mode == "disabled":
         return None
@@ -125,16 +182,20 @@ def build_wandb_logger(
         del os.environ["WANDB_MODE"]
     # The run says itself where things are; W&B's own lines would run through the table.
     os.environ.setdefault("WANDB_SILENT", "true")
-    logger = WandbLogger(
+    in_sweep = "WANDB_SWEEP_ID" in os.environ
+    names = {"arm": arm_name(experiment, overrides), "experiment": experiment}
+    run = wandb.init(
         project=config.project,
         name=run_dir.name,
-        id=run_id,
-        save_dir=str(run_dir),
+        id=os.environ.get("WANDB_RUN_ID", run_id) if in_sweep else run_id,
+        group=arm_hash(settings),
+        job_type=experiment,
+        config=settings | measured | names,
+        dir=str(run_dir),
         mode=mode,
+        # A run that failed in a sweep of Hydra's doesn't get the next one's rows.
+        reinit="finish_previous",
         resume="allow" if mode == "online" else None,
         settings=wandb.Settings(console="off", silent=True),
     )
-    # Lightning names it even unset, and W&B warns of the name.
-    logger._wandb_init.pop("anonymous", None)
-    logger.log_hyperparams(settings)
-    return logger
+    return WandbRun(run, config.project, settings["trainer"]["max_steps"], config.everything)

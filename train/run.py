@@ -13,12 +13,13 @@ from kernels.errors import UserError, require
 from models.decoder import Decoder
 from train.branching import find_parent, start_from
 from train.callbacks.checkpoints import CheckpointSchedule, RandomState, check_state_file
+from train.callbacks.head_maps import HeadMaps
 from train.callbacks.progress import ProgressDisplay
 from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
 from train.callbacks.sink_monitor import SinkMonitor
 from train.config import Accelerator, Precision, RunConfig, TrainerConfig
 from train.figures import draw_figures
-from train.loggers import MetricsCSV, build_wandb_logger, wandb_mode
+from train.loggers import MetricsCSV, WandbRun, build_wandb_logger, wandb_mode
 from train.metrics import HORIZON
 from train.module import PretrainModule
 from train.provenance import provenance
@@ -31,6 +32,7 @@ from train.run_folder import (
 )
 from train.schedules import ConstantSchedule, check_schedule
 from train.summary import print_summary
+from train.wandb_names import FIGURES
 
 
 def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[str]) -> None:
@@ -91,9 +93,18 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     drop_after(folder, step)
     metrics = MetricsCSV(folder.metrics)
     metrics.keep_until(step)
-    wandb_logger = build_wandb_logger(config.logger, mode, folder.path, run_id, settings | measured)
+    wandb_logger = build_wandb_logger(
+        config.logger,
+        mode,
+        folder.path,
+        run_id,
+        settings,
+        measured,
+        experiment=experiment,
+        overrides=overrides,
+    )
 
-    validation, rows, callbacks = _callbacks(config, data, folder, console)
+    validation, rows, callbacks = _callbacks(config, data, folder, console, wandb_logger)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -118,8 +129,8 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     if trainer.is_global_zero:
         figures = draw_figures(folder) if config.tracking.figures else []
         if wandb_logger is not None:
-            for path in figures:
-                wandb_logger.log_image(f"figures/{path.stem}", [str(path)])
+            pictures = {f"{FIGURES}/{path.stem}": str(path) for path in figures}
+            wandb_logger.log_figures(pictures, trainer.global_step)
             wandb_logger.experiment.finish()
         print_summary(
             console,
@@ -146,7 +157,11 @@ def _device(trainer: TrainerConfig) -> tuple[str, str]:
 
 
 def _callbacks(
-    config: RunConfig, data: TokenDataModule, folder: RunFolder, console: Console
+    config: RunConfig,
+    data: TokenDataModule,
+    folder: RunFolder,
+    console: Console,
+    wandb_logger: WandbRun | None,
 ) -> tuple[Validation, RowWriter, list[L.Callback]]:
     """The callbacks in the order in which they must run: measure, write the row, checkpoint."""
     tracking, max_steps = config.tracking, config.trainer.max_steps
@@ -164,6 +179,8 @@ def _callbacks(
     ]
     if sink_monitor is not None:
         callbacks.insert(1, sink_monitor)
+    if wandb_logger is not None:
+        callbacks.insert(callbacks.index(rows), HeadMaps(validation, wandb_logger))
     if config.trainer.progress:
         callbacks.append(ProgressDisplay(console, rows, max_steps))
     return validation, rows, callbacks

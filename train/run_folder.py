@@ -33,6 +33,9 @@ from train.kinds import without_told_kinds
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
 
+SEEDS = ("seed", "data_seed")
+"""Settings in which the runs of an arm differ."""
+
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
 """Settings of the experiment that a resumed run may nevertheless change."""
 
@@ -105,7 +108,7 @@ def arm_hash(settings: dict) -> str:
     one arm are one arm.
     """
     kept = _of_the_experiment(settings)
-    del kept["seed"], kept["data_seed"]
+    kept = {name: value for name, value in kept.items() if name not in SEEDS}
     if parent := kept.pop(PARENT, None):
         kept["init_from"] = [parent["arm"], parent["step"]]
     return _hash(kept)
@@ -127,16 +130,27 @@ def _hash(kept: dict) -> str:
 
 def run_name(settings: dict, overrides: list[str]) -> str:
     """Readable overrides, then the hash: ``packing=document_seed=1-0a1b2c3d``."""
+    return f"{_readable(overrides) or 'default'}-{experiment_hash(settings)}"
+
+
+def arm_name(experiment: str, overrides: list[str]) -> str:
+    """The arm in readable form, without seeds: ``packing=document``, ``gu60m/attention=gated``."""
+    told = _readable(overrides, left_out=SEEDS)
+    if experiment == "default":
+        return told or experiment
+    return f"{experiment}/{told}" if told else experiment
+
+
+def _readable(overrides: list[str], left_out: tuple[str, ...] = ()) -> str:
     told = []
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
-        if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment"):
+        if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment", *left_out):
             if name == "init_from":
                 # Of the parent's name its hash will do.
                 value = value.rsplit("-", 1)[-1].replace("@", ".")
             told.append(re.sub(r"[^A-Za-z0-9_.=+-]", "", f"{name.rsplit('.', 1)[-1]}={value}"))
-    readable = "_".join(told)[:100] or "default"
-    return f"{readable}-{experiment_hash(settings)}"
+    return "_".join(told)[:100]
 
 
 def open_run_folder(

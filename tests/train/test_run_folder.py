@@ -8,6 +8,8 @@ import yaml
 from kernels.errors import UserError
 from train.run_folder import (
     RunFolder,
+    arm_hash,
+    arm_name,
     drop_after,
     experiment_hash,
     open_run_folder,
@@ -37,6 +39,16 @@ def test_the_name_tells_the_overrides_and_ends_with_the_hash():
     name = run_name(settings(), ["optimizer.lr=0.001", "+x=[1,2]", "resume=true", "experiment=a"])
     assert name == f"lr=0.001_x=12-{experiment_hash(settings())}"
     assert run_name(settings(), []).startswith("default-")
+
+
+def test_an_arm_is_the_settings_without_seeds():
+    base = settings() | {"data_seed": 0}
+    same = base | {"seed": 1, "data_seed": 2, "run_dir": "x", "resume": True}
+    assert arm_hash(same) == arm_hash(base) != arm_hash(base | {"model": {"num_layers": 5}})
+    seeds = ["seed=1", "++data_seed=${seed}", "run_dir=x"]
+    assert arm_name("default", seeds) == "default"
+    assert arm_name("gu60m", ["experiment=gu60m", *seeds]) == "gu60m"
+    assert arm_name("gu60m", ["optimizer.lr=1e-3", *seeds]) == "gu60m/lr=1e-3"
 
 
 def test_a_folder_in_use_is_refused_without_resume(tmp_path):

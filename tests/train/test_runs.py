@@ -202,21 +202,6 @@ def test_an_odd_last_step_is_recorded_and_going_on_from_it_is_exact(train, tmp_p
     pd.testing.assert_series_equal(*last, check_exact=True, check_names=False)
 
 
-def test_an_offline_wandb_run_has_the_metrics(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert train("trainer.max_steps=2") == 0
-    (run,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
-    inspected = subprocess.run(
-        ["wandb", "leet", "inspect", "--json", str(run)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    ).stdout
-    for name in ("train/loss", "sink/mass", "val/canonical_loss", "probe/t64_bos_text/mass"):
-        assert name in inspected
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_run_trains_in_bf16(train, tmp_path):
