@@ -12,12 +12,10 @@ from omegaconf import OmegaConf
 
 from train.config import plain
 from train.kinds import GROUPS
-from train.run_folder import NOT_THE_EXPERIMENT, PARENT, flat
+from train.run_folder import NOT_THE_EXPERIMENT, PARENT, SEEDS, flat
 
 if TYPE_CHECKING:
     from train.runs import Run
-
-SEEDS = ("seed", "data_seed")
 
 
 def differences(runs: Sequence[Run]) -> pd.DataFrame:

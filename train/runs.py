@@ -178,6 +178,10 @@ class Run:
             self._checkpoints[step] = Checkpoint(self, step)
         return self._checkpoints[step]
 
+    def forget(self, step: int) -> None:
+        """Let go of what ``at(step)`` keeps in memory."""
+        self._checkpoints.pop(step, None)
+
     def data(self, cache_dir: Path | str | None = None) -> TokenDataModule:
         """The run's data, set up again from its settings; kept for further calls.
 

@@ -24,6 +24,9 @@ PREFIXES = {
 VALUE_PREFIXES = {"first": "", "position": "", "null": "null_", "first_of_keys": "of_keys_"}
 """What the names of ``sink_values`` begin with, by kind of key; other kinds are not among them."""
 
+FIRST_KEYS = ("first", "first_row", "first_of_keys")
+"""Kinds of key that are position 0 of a row."""
+
 LOGGED_THRESHOLDS = (0.3, 0.8)
 """Thresholds whose rates are metrics: arXiv 2410.10781's and 2504.02732's; the table has all."""
 
@@ -112,8 +115,10 @@ def sink_table(totals: SinkTotals, alpha_kind: str) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def sink_values(totals: SinkTotals) -> pd.DataFrame:
+def sink_values(totals: SinkTotals, prefixes: dict[str, str] = VALUE_PREFIXES) -> pd.DataFrame:
     """The sums on the CPU as figures by name: columns name, layer, head, position, value.
+
+    prefixes: what names begin with, by kind of key; kinds that aren't in it are left out.
 
     By layer and head, for key 0 (``first``) and, from kind ``position``, the keys after it:
 
@@ -126,9 +131,9 @@ def sink_values(totals: SinkTotals) -> pd.DataFrame:
     """
     heads = sink_table(totals, "probability")
     is_again = (heads["key"] == "position") & (heads["position"] == 0)
-    heads = heads[heads["key"].isin(list(VALUE_PREFIXES)) & ~is_again]
-    prefix = heads["key"].map(VALUE_PREFIXES)
-    position = heads["position"].where(~heads["key"].isin(["first", "first_of_keys"]), 0)
+    heads = heads[heads["key"].isin(list(prefixes)) & ~is_again]
+    prefix = heads["key"].map(prefixes)
+    position = heads["position"].where(~heads["key"].isin(FIRST_KEYS), 0)
     values = {
         "mass": heads["alpha"],
         "baseline": heads["baseline"],
@@ -149,10 +154,11 @@ def sink_values(totals: SinkTotals) -> pd.DataFrame:
         )
         for name, value in values.items()
     ]
-    kinds = {kind: kind for kind in VALUE_PREFIXES if kind != "position"}
+    kinds = {kind: kind for kind in prefixes if kind != "position"}
     for key, value in sink_metrics(totals, kinds, THRESHOLDS).items():
         kind, name = key.split("/", 1)
         if "/" not in name:
-            row = (VALUE_PREFIXES[kind] + name, -1, -1, -1 if kind == "null" else 0, value)
+            place = 0 if kind in FIRST_KEYS else -1
+            row = (prefixes[kind] + name, -1, -1, place, value)
             tables.append(pd.DataFrame([row], columns=tables[0].columns))
     return pd.concat(tables, ignore_index=True)

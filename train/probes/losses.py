@@ -1,0 +1,51 @@
+"""What the first position is worth: losses with BOS, without, and with position 0 hidden.
+
+Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63):
+
+    loss                of ``text`` and of ``bos_text``
+    loss_hidden_first   with key 0 hidden, in every layer, from every later query while it is still
+                        there: what the sink is worth without the tokens moving or a token missing
+    cost_hidden_first   the difference
+    cost_without_bos    loss of text - loss of bos_text (input ``text``): deleting the BOS, which
+                        also takes the model away from what it has seen in training
+                        (arXiv 2504.02732, tables 2 and 3)
+
+A model that was trained without BOS doesn't know it: its ``bos_text`` says little. Where the mass
+goes when key 0 is hidden is ``interventions``' matter.
+
+Cost: two forward passes of each input, one of them through the reference attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from models.batch import IGNORE_LABEL, PackedBatch
+from models.decoder import Decoder
+from train.module import summed_cross_entropy
+from train.probes.base import Finding, ProbeInputs
+from train.probes.trace import everywhere, hide_first
+
+
+@torch.no_grad()
+def probe_losses(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
+    """See the module."""
+    plain = {}
+    for name in ("text", "bos_text"):
+        if name not in inputs.prompts:
+            continue
+        batch = inputs.prompts[name]
+        plain[name] = _loss(decoder(batch, statistics="off").logits_BTV, batch)
+        hidden = _loss(decoder(batch, everywhere(decoder, mask=hide_first)).logits_BTV, batch)
+        yield Finding("loss", name, plain[name])
+        yield Finding("loss_hidden_first", name, hidden)
+        yield Finding("cost_hidden_first", name, hidden - plain[name])
+    if "bos_text" in plain:
+        yield Finding("cost_without_bos", "text", plain["text"] - plain["bos_text"])
+
+
+def _loss(logits_BTV, batch: PackedBatch) -> float:
+    num_labels = int((batch.labels_BT != IGNORE_LABEL).sum())
+    return summed_cross_entropy(logits_BTV.double(), batch.labels_BT).item() / num_labels
