@@ -18,6 +18,9 @@ from train.figures import head_map_picture
 from train.loggers import LoggerConfig, build_wandb_logger
 from train.wandb_names import MAX_SCALARS, wandb_key
 
+# One run for all tests.
+pytestmark = pytest.mark.xdist_group("wandb")
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 OVERRIDES = (
