@@ -59,7 +59,8 @@ def probe_sinks(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
     totals = SinkTotals(len(decoder.blocks))
     for batch in inputs.context:
         _add(totals, decoder, batch, decoder(batch, statistics="full"), min_queries=HORIZON)
-    yield from _values(totals, "context", VALUE_PREFIXES | _OF_ROWS)
+    if inputs.context:
+        yield from _values(totals, "context", VALUE_PREFIXES | _OF_ROWS)
 
 
 def _add(

@@ -1,0 +1,133 @@
+"""The command that probes runs: every probe once, the same whether interrupted or not."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+from data.evaluation import ProbeKind
+from kernels.errors import UserError
+from scripts.probe import main
+from train.probes import PROBES
+from train.probes.inputs import TokenClass, probe_inputs, probe_set_sha256, token_classes
+from train.probes.of_runs import probe_run
+from train.runs import PROBE_COLUMNS, load_run
+
+
+@pytest.fixture
+def run(kept_run, tmp_path):
+    """A copy of the kept run with three of its checkpoints."""
+    folder = tmp_path / kept_run.name
+    shutil.copytree(kept_run, folder)
+    for step in load_run(folder).steps:
+        if step not in (0, 4, 8):
+            shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+    return load_run(folder)
+
+
+def probed(run):
+    table = run.probes()
+    return table.sort_values(list(PROBE_COLUMNS[:-2]), ignore_index=True)
+
+
+class Killed(Exception):
+    """What ends the command in the middle."""
+
+
+def test_every_probe_of_every_checkpoint_once(run, capsys):
+    main([str(run.path), "--rows", "4"])
+    first = probed(run)
+    assert list(first.columns) == list(PROBE_COLUMNS)
+    assert set(first["probe"]) == set(PROBES) and set(first["step"]) == {0, 4, 8}
+    assert first["value"].notna().all() and len(set(first["probe_set"])) == 1
+    keys = list(PROBE_COLUMNS[:-2])
+    assert not first.duplicated(keys).any()
+    assert f"{3 * len(PROBES)} of {3 * len(PROBES)} tables made" in capsys.readouterr().out
+    main([str(run.path), "--rows", "4"])
+    assert f"0 of {3 * len(PROBES)} tables made" in capsys.readouterr().out
+    main([str(run.path), "--rows", "3", "--last", "--probes", "losses"])
+    assert "1 of 1 tables made" in capsys.readouterr().out
+    assert len(set(run.probes()["probe_set"])) == 2
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_table(run):
+    names, device = ["losses", "sinks", "norms"], torch.device("cpu")
+    made = []
+
+    def kill(what):
+        made.append(what)
+        if len(made) == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        probe_run(run, names, rows=4, device=device, advance=kill)
+    # A file that a kill left half-written is no table.
+    half = run.folder.probes / "norms" / "step_00000008.parquet"
+    half.parent.mkdir(exist_ok=True)
+    half.write_bytes(b"PAR1")
+    assert probe_run(run, names, rows=4, device=device) == 4
+    interrupted = probed(run)
+    shutil.rmtree(run.folder.probes)
+    assert probe_run(run, names, rows=4, device=device) == 9
+    pd.testing.assert_frame_equal(probed(run), interrupted)
+
+
+def test_probed_losses_are_those_of_training(run):
+    """The last step's validation looked at the same prompts."""
+    rows = run.settings["tracking"]["probe_rows"]
+    probe_run(run, ["losses", "sinks"], rows=rows, device=torch.device("cpu"), steps=[8])
+    table = run.probes().set_index(["name", "input", "layer"])["value"]
+    logged = run.metrics().set_index("step").loc[8]
+    for kind in ProbeKind:
+        ours = table["loss", kind.value, -1].item()
+        assert ours == pytest.approx(logged[f"probe/t64_{kind.value}/loss"], rel=1e-5)
+        mass = table["mass", kind.value, -1].item()
+        assert mass == pytest.approx(logged[f"probe/t64_{kind.value}/mass"], rel=1e-5)
+
+
+def test_the_probe_set(run):
+    data = run.data()
+    inputs = probe_inputs(data, rows=5)
+    assert set(inputs.prompts) == {"text", "bos_text", "random", "repeated"}
+    assert all(batch.tokens_BT.shape == (5, 64) for batch in inputs.prompts.values())
+    repeated_BT = inputs.prompts["repeated"].tokens_BT
+    assert (repeated_BT == repeated_BT[:, :1]).all() and len(repeated_BT[:, 0].unique()) == 5
+    assert probe_set_sha256(inputs) == probe_set_sha256(probe_inputs(data, rows=5))
+    assert probe_set_sha256(inputs) != probe_set_sha256(probe_inputs(data, rows=4))
+    tokenizer = data.tokenizer
+    class_V = token_classes(tokenizer)
+    comma, word = (tokenizer.encode_batch([text])[0][0] for text in (",", "the"))
+    assert class_V[comma] == TokenClass.delimiter and class_V[word] == TokenClass.other
+    assert class_V[tokenizer.bos_id] == TokenClass.bos
+    assert class_V[tokenizer.eos_id] == TokenClass.eos
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere must be a run folder"),
+        (["{run}", "hf=x"], "RUN must be runs or one hf=FOLDER"),
+        (["{run}", "--probes", "sinks,smells"], "--probes must be among sinks, losses"),
+        (["{run}", "--rows", "0"], "--rows must be >= 1, got 0"),
+        (["{run}", "--out", "x.csv"], "--out must be left out for runs"),
+        (["hf=nowhere", "--out", "x.txt"], "--out must end in .parquet or .csv"),
+        (["hf=nowhere"], "hf must be a folder with config.json"),
+        (["{run}", "--device", "tpu"], "--device must be one of auto, cpu, cuda"),
+    ],
+)
+def test_mistakes(run, arguments, message):
+    with pytest.raises(UserError) as caught:
+        main([argument.format(run=run.path) for argument in arguments])
+    assert message in str(caught.value)
+
+
+def test_a_hugging_face_model(run, tmp_path, capsys):
+    run.to_hf("last", tmp_path / "exported")
+    out = tmp_path / "sinks.csv"
+    main([f"hf={tmp_path / 'exported'}", "--rows", "3", "--out", str(out)])
+    table = pd.read_csv(out)
+    assert {"text", "bos_text", "random", "repeated"} == set(table["input"])
+    shown = capsys.readouterr().out
+    mass = table.query("name == 'mass' and layer == -1 and input == 'text'")["value"].item()
+    assert f"{mass:.4f}".rstrip("0") in shown
