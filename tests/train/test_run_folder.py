@@ -74,7 +74,7 @@ def test_a_resume_keeps_its_kinds_and_an_old_folder_has_none(tmp_path):
     write_run_files(folder, of_kind(), {})
     open_run_folder(of_kind(kind="softmax"), "default", [])
     write_run_files(folder, of_kind(kind="softmax"), {})
-    with pytest.raises(UserError, match="attention.kind must stay 'softmax'"):
+    with pytest.raises(UserError, match=r"attention\.kind must stay 'softmax'"):
         open_run_folder(of_kind(kind="off_by_one"), "default", [])
 
 
