@@ -1,5 +1,6 @@
 """The README's section on reading runs back, run as it stands on small runs."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ def test_what_is_read_is_the_runs(executed):
     assert exported == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
+    config = json.loads(Path("exported/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_the_branch_begins_where_its_parent_was(executed):
