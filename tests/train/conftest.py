@@ -1,5 +1,6 @@
-"""One small finished run that tests may read, never write."""
+"""One small finished run that tests may read, never write, and copies of it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,17 @@ def kept_run(cache_dir, tmp_path_factory) -> Path:
     arguments = ("debug=cpu", f"cache_dir={cache_dir}", f"run_dir={folder}", *settings)
     assert command(list(arguments)) == 0
     return folder
+
+
+@pytest.fixture
+def run(kept_run):
+    """That run, read back anew."""
+    from train.runs import load_run
+
+    return load_run(kept_run)
+
+
+@pytest.fixture
+def copied(kept_run, tmp_path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(kept_run, tmp_path / "copy"))

@@ -159,17 +159,6 @@ def test_the_readmes_metrics_are_those_of_a_run(train, tmp_path):
         assert any(column.startswith(prefix) for column in logged), name
 
 
-def test_the_readmes_snippet_loads_and_exports(train, tmp_path, monkeypatch):
-    assert train("packing=causal") == 0
-    snippet = README.split("A run's end in Python:\n\n")[1].split("\n\n")[0]
-    code = "\n".join(line.strip() for line in snippet.splitlines())
-    step = tmp_path / "run" / "checkpoints" / "step_00000004"
-    monkeypatch.chdir(tmp_path)
-    exec(code.replace("runs/.../checkpoints/step_00000128", str(step)), {})
-    config = yaml.safe_load((tmp_path / "exported" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-
-
 def test_the_readmes_pictures_are_there():
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
     assert pictures and all((ROOT / picture).exists() for picture in pictures)

@@ -75,6 +75,21 @@ def test_a_resume_may_change_its_length_only(tmp_path):
         open_run_folder(settings(tmp_path, resume=True, seed=3), "default", [])
 
 
+def test_a_resume_keeps_its_kinds_and_an_old_folder_has_none(tmp_path):
+    """Two kinds with the same settings are told apart; a folder from before kinds were stored
+    can be resumed."""
+
+    def of_kind(**kind):
+        return settings(tmp_path, resume=True) | {"attention": {**kind, "window": None}}
+
+    folder = RunFolder(tmp_path)
+    write_run_files(folder, of_kind(), {})
+    open_run_folder(of_kind(kind="softmax"), "default", [])
+    write_run_files(folder, of_kind(kind="softmax"), {})
+    with pytest.raises(UserError, match=r"attention\.kind must stay 'softmax'"):
+        open_run_folder(of_kind(kind="off_by_one"), "default", [])
+
+
 def test_provenance_keeps_every_start(tmp_path):
     folder = RunFolder(tmp_path)
     run_id = write_run_files(folder, settings(), {"n": 1})
