@@ -6,13 +6,14 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from train.report.gather import NORM_PANELS, Arm, mean_and_range, over_layers, proxy_mark, thinned
+from train.report.gather import NORM_PANELS, Arm, mean_and_range, over_layers, thinned
 from train.report.traces import (
     GREY,
     RATIOS,
     add_arms,
     add_curve,
     add_level,
+    axis_title,
     group,
     over_steps,
     rounded,
@@ -32,7 +33,7 @@ def excess_mass(arms: Sequence[Arm]) -> go.Figure | None:
         return None
     add_level(figure, 0.0, "uniform attention")
     styled(figure, "Excess mass of the first key while training", 420, legend=True)
-    figure.update_yaxes(title=f"mass − uniform baseline{proxy_mark(arms)}", rangemode="tozero")
+    figure.update_yaxes(title=axis_title("excess mass", arms), rangemode="tozero")
     return over_steps(figure)
 
 
@@ -56,7 +57,18 @@ def mass(arms: Sequence[Arm]) -> go.Figure | None:
             hovertemplate="uniform attention: %{y:.4f}<extra></extra>",
         )
     styled(figure, "Mass of the first key while training", 330)
-    figure.update_yaxes(title=f"mean attention{proxy_mark(arms)}", rangemode="tozero")
+    figure.update_yaxes(title=axis_title("mass", arms), rangemode="tozero")
+    return over_steps(figure)
+
+
+def rate(arms: Sequence[Arm]) -> go.Figure | None:
+    """Sink rate while training: each row, layer and head against 0.3, then averaged."""
+    figure = go.Figure()
+    if not add_arms(figure, arms, "sink/rate_030", "rate"):
+        return None
+    styled(figure, "Sink rate while training", 330)
+    title = axis_title("share of alpha > 0.3", arms)
+    figure.update_yaxes(title=title, rangemode="tozero")
     return over_steps(figure)
 
 
@@ -87,7 +99,7 @@ def probe_excess(arms: Sequence[Arm]) -> go.Figure | None:
         return None
     styled(figure, "Excess mass on held-out prompts, T = 64", 330)
     figure.update_layout(margin_t=64)
-    figure.update_yaxes(title=f"mass − uniform baseline{proxy_mark(arms)}", col=1)
+    figure.update_yaxes(title=axis_title("excess mass", arms), col=1)
     return over_steps(figure)
 
 
@@ -128,7 +140,7 @@ def mass_against_loss(arms: Sequence[Arm]) -> go.Figure | None:
         add_level(figure, levels.pop(), "uniform attention")
     styled(figure, "Mass against canonical loss", 330)
     figure.update_xaxes(title="canonical loss, nats a label")
-    figure.update_yaxes(title=f"mass, T = 64{proxy_mark(arms)}", rangemode="tozero")
+    figure.update_yaxes(title=axis_title("mass, T = 64", arms), rangemode="tozero")
     return figure
 
 
@@ -145,7 +157,7 @@ def norm_ratios(arms: Sequence[Arm]) -> go.Figure | None:
             curves = [over_layers(run.metrics, prefix, over) for run in arm.runs]
             place = {"row": 1, "col": column}
             drawn += add_curve(figure, arm, mean_and_range(curves), title, place=place)
-        add_level(figure, 1.0, "as ordinary tokens", row=1, col=column)
+        add_level(figure, 1.0, "as ordinary tokens", log=True, row=1, col=column)
     if not drawn:
         return None
     styled(figure, "Norms of the row's first token", 330)

@@ -4,7 +4,8 @@
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const figures = read("figures");
 const details = read("details");
-const config = { responsive: true, displaylogo: false };
+// Nothing leaves the page: plotly's own button would upload the figure.
+const config = { responsive: true, displaylogo: false, showSendToCloud: false };
 const charts = () => [...document.querySelectorAll(".figure")].filter((div) => div.data);
 const hidden = new Set();
 

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; font-src data:"
+    "img-src data: blob:; font-src data:; form-action 'none'"
 )
 """What the browser lets the page do: nothing that needs a network."""
 
@@ -58,8 +58,9 @@ def render(runs: Sequence[ReportRun], arms: Sequence[Arm]) -> str:
         "excess_mass": figures.excess_mass(arms),
         "probe_excess": figures.probe_excess(arms),
         "mass": figures.mass(arms),
-        "mass_against_loss": figures.mass_against_loss(arms),
+        "rate": figures.rate(arms),
         "canonical_loss": figures.canonical_loss(arms),
+        "mass_against_loss": figures.mass_against_loss(arms),
         "norm_ratios": figures.norm_ratios(arms),
     }
     by_arm = {name: figure for name, figure in by_arm.items() if figure is not None}
@@ -121,9 +122,9 @@ def _arms_section(by_arm: dict, runs: Sequence[ReportRun], arms: Sequence[Arm]) 
 <div class="controls"><label>x axis <select id="axis">{options}</select></label></div>
 {place("excess_mass")}{note}
 {arm_table(arms)}
-<div class="pair">{place("mass")}{place("mass_against_loss")}</div>
+<div class="pair">{place("mass")}{place("rate")}</div>
 {place("probe_excess")}{untrained}
-<div class="pair">{place("canonical_loss")}</div>
+<div class="pair">{place("canonical_loss")}{place("mass_against_loss")}</div>
 {place("norm_ratios")}"""
 
 

@@ -4,6 +4,7 @@ Traces of one arm or run have the same ``legendgroup`` in all figures, so that t
 all of them at once. ``meta.tokens`` holds a line's other x axis.
 """
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from train.report.gather import Arm, thinned
+from train.report.gather import Arm, proxy_mark, thinned
 
 GREY = "#555555"
 AXIS = {
@@ -38,12 +39,14 @@ def styled(figure: go.Figure, title: str, height: int, legend: bool = False) -> 
         paper_bgcolor="white",
         plot_bgcolor="white",
         height=height,
-        margin={"l": 64, "r": 16, "t": 44, "b": 48},
+        margin={"l": 72, "r": 16, "t": 44, "b": 48},
         showlegend=legend,
         legend={"tracegroupgap": 3, "font_size": 11, "itemsizing": "constant"},
         hoverlabel={"bgcolor": "white", "font_size": 12, "namelength": -1},
     )
-    figure.update_annotations(font_size=12)
+    # Titles of panels; an annotation of ours has its size.
+    for annotation in figure.select_annotations():
+        annotation.font.size = min(12, annotation.font.size or 12)
     figure.update_xaxes(**AXIS)
     figure.update_yaxes(**AXIS)
     return figure
@@ -62,6 +65,11 @@ def told(text: str, width: int = LEGEND_WIDTH) -> str:
             lines.append("")
         lines[-1] += f"{part}, "
     return "<br>".join(line.rstrip() for line in lines)[:-1]
+
+
+def axis_title(text: str, arms: Sequence[Arm]) -> str:
+    """An axis title, with a line of its own where proxies stand beside probabilities."""
+    return f"{text}<br>{proxy_mark(arms).strip()}" if proxy_mark(arms) else text
 
 
 def group(arm: Arm) -> str:
@@ -160,13 +168,22 @@ def add_curve(
     return 1
 
 
-def add_level(figure: go.Figure, level: float, text: str, **place: int) -> None:
-    """Add a named horizontal line."""
-    figure.add_hline(
-        y=level,
-        line={"color": GREY, "dash": "dot", "width": 1.2},
-        annotation={"text": text, "font": {"size": 10, "color": GREY}},
-        annotation_position="top left",
+def add_level(
+    figure: go.Figure, level: float, text: str, *, log: bool = False, **place: int
+) -> None:
+    """Add a named horizontal line; log: on a logarithmic y axis."""
+    line = {"color": GREY, "dash": "dot", "width": 1.2}
+    figure.add_hline(y=level, line=line, **place)
+    figure.add_annotation(
+        x=0,
+        # Unlike lines, annotations on a logarithmic axis stand at its exponents.
+        y=math.log10(level) if log else level,
+        xref="x domain",
+        xanchor="left",
+        yanchor="bottom",
+        text=text,
+        showarrow=False,
+        font={"size": 10, "color": GREY},
         **place,
     )
 
