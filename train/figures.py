@@ -2,21 +2,20 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from train.plotting import (
+    ALPHA_COLOURS,
+    BASELINE,
+    layer_colours,
+    log_steps,
+    new_figure,
+    plain_numbers,
+)
 from train.run_folder import RunFolder
-
-matplotlib.use("Agg")
-
-LAYER_COLOURS = "viridis"
-BASELINE = {"color": "0.35", "linestyle": "--", "linewidth": 1.2}
 
 
 def draw_figures(folder: RunFolder) -> list[Path]:
@@ -46,39 +45,8 @@ def draw_figures(folder: RunFolder) -> list[Path]:
     return drawn
 
 
-def _new(width: float = 6.4, height: float = 4.0, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _log_steps(axis: Axes, steps: pd.Series) -> None:
-    # Log-spaced like the checkpoints; the recorded steps are all positive.
-    if steps.max() > steps.min() > 0:
-        axis.set_xscale("log")
-        axis.set_xlim(steps.min(), steps.max())
-        _plain_numbers(axis.xaxis)
-    axis.set_xlabel("step")
-
-
-def _plain_numbers(axis: Axis) -> None:
-    """Label a logarithmic axis at 1, 2, 5, 10, ... in plain numbers; a short one evenly."""
-    low, high = axis.get_data_interval()
-    locator = LogLocator(subs=(1, 2, 5)) if high > 4 * low else MaxNLocator(6)
-    axis.set_major_locator(locator)
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _layer_colours(count: int) -> np.ndarray:
-    # Stops short of the palette's pale end, which is hard to see on white.
-    return matplotlib.colormaps[LAYER_COLOURS](np.linspace(0, 0.88, count))
-
-
 def _losses(metrics: pd.DataFrame) -> Figure:
-    figure, (axis,) = _new()
+    figure, (axis,) = new_figure()
     series = {
         "train/loss": ("training", {"color": "0.6"}),
         "val/canonical_loss": ("held out, canonical", {"color": "tab:red", "marker": "o"}),
@@ -98,14 +66,14 @@ def _losses(metrics: pd.DataFrame) -> Figure:
 
 
 def _sinks_by_layer(first: pd.DataFrame) -> Figure:
-    figure, (axis,) = _new()
+    figure, (axis,) = new_figure()
     layers = sorted(first["layer"].unique())
-    for layer, colour in zip(layers, _layer_colours(len(layers)), strict=True):
+    for layer, colour in zip(layers, layer_colours(len(layers)), strict=True):
         mass = first[first["layer"] == layer].groupby("step")["alpha"].mean()
         axis.plot(mass.index, mass, color=colour, label=f"layer {layer}")
     baseline = first.groupby("step")["baseline"].mean()
     axis.plot(baseline.index, baseline, label="uniform attention", **BASELINE)
-    _log_steps(axis, first["step"])
+    log_steps(axis, first["step"])
     axis.set_ylim(0, max(0.2, 1.1 * first.groupby(["step", "layer"])["alpha"].mean().max()))
     axis.set_ylabel(f"mean attention to the first key{_proxy(first)}")
     axis.set_title("First key, first 64 queries of a row")
@@ -129,8 +97,8 @@ def _sinks_by_head(first: pd.DataFrame) -> Figure:
 def _head_map(grid: pd.DataFrame, uniform: float, title: str, mark: str) -> Figure:
     """Layers down, heads across, on a fixed scale with the uniform baseline marked."""
     layers, heads = grid.shape
-    figure, (axis,) = _new(width=max(4.6, 2.6 + 0.45 * heads), height=1.8 + 0.4 * layers)
-    image = axis.imshow(grid, vmin=0, vmax=1, cmap="magma_r", aspect="auto")
+    figure, (axis,) = new_figure(width=max(4.6, 2.6 + 0.45 * heads), height=1.8 + 0.4 * layers)
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap=ALPHA_COLOURS, aspect="auto")
     bright = image.norm(grid.to_numpy()) > 0.55
     for (row, column), value in np.ndenumerate(grid.to_numpy()):
         colour = "white" if bright[row, column] else "black"
@@ -174,17 +142,17 @@ def _norm_ratios(metrics: pd.DataFrame) -> Figure | None:
     }
     if not all(columns.values()):
         return None
-    figure, axes = _new(width=9.6, columns=2)
+    figure, axes = new_figure(width=9.6, columns=2)
     for axis, (panel, title) in zip(axes, panels.items(), strict=True):
         names = columns[panel]
-        for name, colour in zip(names, _layer_colours(len(names)), strict=True):
+        for name, colour in zip(names, layer_colours(len(names)), strict=True):
             rows = metrics[["step", name]].dropna()
             label = name.rsplit("/", 1)[1].replace("_0", " ").replace("_", " ")
             axis.plot(rows["step"], rows[name], color=colour, label=label)
         axis.axhline(1, **BASELINE)
         axis.set_yscale("log")
-        _plain_numbers(axis.yaxis)
-        _log_steps(axis, rows["step"])
+        plain_numbers(axis.yaxis)
+        log_steps(axis, rows["step"])
         axis.set(ylabel="norm over the median of ordinary tokens", title=title)
     axes[0].legend(frameon=False, fontsize=8, ncols=1 + len(columns[panel]) // 8)
     return figure

@@ -1,0 +1,250 @@
+"""The report: what it gathers, what its tables say, and a page that needs nothing but itself."""
+
+import io
+import re
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scripts.report import command
+from tests.train.made_runs import BASELINE, add_probes, json_block, made_run
+from train.report.gather import gather, log_spaced, mean_and_range, thinned
+from train.report.record import draw_record
+
+STEPS = sorted({*np.geomspace(1, 3000, 40).astype(int).tolist()})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Two arms of probabilities, one of two seeds, and an arm of proxies."""
+    folder = tmp_path_factory.mktemp("runs")
+    pinned = "packing=causal_pinned_bos"
+    made = {
+        "pinned": ([pinned], STEPS[20], "probability"),
+        "pinned_1": ([pinned, "seed=1", "data_seed=1"], STEPS[25], "probability"),
+        "plain": (["packing=causal"], None, "probability"),
+        "sigmoid": ([pinned, "attention=sigmoid"], STEPS[30], "proxy"),
+    }
+    paths = {
+        name: made_run(folder / name, *overrides, steps=STEPS, onset=onset, kind=kind)
+        for name, (overrides, onset, kind) in made.items()
+    }
+    add_probes(paths["pinned"], "e" * 64)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory) -> Path:
+    """The folder in which the command wrote report.html and figures/."""
+    folder = tmp_path_factory.mktemp("report")
+    where = ["--out", str(folder / "report.html"), "--figures", str(folder / "figures")]
+    with redirect_stdout(io.StringIO()) as told:
+        assert command([*map(str, runs.values()), *where]) == 0
+    (folder / "told.txt").write_text(told.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(report) -> str:
+    return (report / "report.html").read_text()
+
+
+def text_of(html: str) -> str:
+    body = html[html.index("<body>") : html.index('<script id="figures"')]
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
+
+
+def row_of(page: str, table: int, begins: str) -> list[str]:
+    """Cells of the row of a table (by its number in the page) that begins so."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page.split("<table")[table + 1], re.S)
+    cells = [re.findall(r"<td>(.*?)</td>", row, re.S) for row in rows]
+    plain = [[re.sub("<br>", " ", re.sub("<span.*?</span>", "", c)) for c in row] for row in cells]
+    return next(row for row in plain if row and row[0].startswith(begins))
+
+
+def test_runs_that_differ_in_seeds_are_one_arm(runs):
+    found, arms = gather(list(runs.values()))
+    assert [(run.name, run.arm) for run in found] == [
+        ("pinned", 0),
+        ("pinned_1", 0),
+        ("plain", 1),
+        ("sigmoid", 2),
+    ]
+    assert [arm.knows_bos for arm in arms] == [True, False, True]
+    assert [arm.is_proxy for arm in arms] == [False, False, True]
+    assert arms[2].name == f"{arms[2].label} (proxy)" and arms[0].name == arms[0].label
+    assert len({arm.colour for arm in arms}) == 3
+    assert found[0].probe_sets == ("e" * 64,) and found[0].sink_heads() == (8, 8)
+    curve = arms[0].curve("sink/excess")
+    middle = curve[curve["step"].between(STEPS[20], STEPS[25] - 1)]
+    np.testing.assert_allclose(middle["low"], 0, atol=1e-12)
+    np.testing.assert_allclose(middle["high"], 0.7 - BASELINE)
+    np.testing.assert_allclose(middle["mean"], (0.7 - BASELINE) / 2)
+
+
+def test_a_run_named_twice_is_read_once_and_names_are_told_apart(runs, tmp_path):
+    found, _ = gather([runs["plain"], runs["plain"] / ".", runs["pinned"]])
+    assert [run.name for run in found] == ["plain", "pinned"]
+    other = made_run(tmp_path / "plain", "seed=3", steps=[1, 2], onset=None)
+    found, _ = gather([runs["plain"], other])
+    assert [run.name for run in found] == [str(runs["plain"]), str(other)]
+
+
+def test_means_are_taken_where_all_curves_are():
+    one = pd.DataFrame({"step": [1, 2, 4], "tokens": [10, 20, 40], "value": [0.0, 1.0, 2.0]})
+    other = pd.DataFrame({"step": [2, 3, 4], "tokens": [20, 30, 40], "value": [3.0, 3.0, 5.0]})
+    curve = mean_and_range([one, one[:0], other])
+    assert curve["step"].tolist() == [2, 4] and curve["tokens"].tolist() == [20, 40]
+    assert curve["mean"].tolist() == [2.0, 3.5]
+    assert curve["low"].tolist() == [1.0, 2.0] and curve["high"].tolist() == [3.0, 5.0]
+    assert mean_and_range([one[:0]]).empty
+
+
+def test_many_records_are_thinned_evenly_over_the_logarithm():
+    steps = log_spaced(range(10, 100_001, 10), 30)
+    assert (steps[0], steps[-1]) == (10, 100_000) and 25 <= len(steps) <= 30
+    ratios = np.diff(np.log(steps[8:]))
+    assert ratios.max() < 1.15 * ratios.min()
+    assert log_spaced([5, 3, 3, 0], 30) == [0, 3, 5]
+    curve = pd.DataFrame({"step": [0, 1, 2], "value": 1.0})
+    assert thinned(curve)["step"].tolist() == [1, 2], "0 has no logarithm"
+
+
+def test_the_arms_table_says_what_came_out(page):
+    pinned = row_of(page, 0, "packing.bos=pinned, attention=softmax")
+    assert pinned[1:6] == ["0, 1", "3.072M", "0.700 (0.700 to 0.700)", "0.074", "8/8 8/8"]
+    spacing = [STEPS[20] - STEPS[19], STEPS[25] - STEPS[24]]
+    for seed, index in enumerate((20, 25)):
+        told = f"{STEPS[index]:,} −{spacing[seed]:,} [{STEPS[index]:,}, {STEPS[index]:,}]"
+        assert told in pinned[7]
+    assert pinned[9] == "0.500 (0.500 to 0.500)"
+    plain = row_of(page, 0, "packing.bos=none")
+    assert plain[5] == "0/8" and plain[7] == f"&gt; {STEPS[-1]:,}"
+    assert plain[9] == "0.500 BOS untrained"
+    assert row_of(page, 0, "packing.bos=pinned, attention=sigmoid")[0].endswith("(proxy)")
+
+
+def test_onsets_settings_and_provenance_have_their_tables(page):
+    onset = row_of(page, 1, "pinned_1")
+    step, before = STEPS[25], STEPS[24]
+    assert onset[2] == f"{step:,} −{step - before:,}"
+    assert onset[5] == f"{0.01 * step:.3g} −{0.01 * (step - before):.2g}"
+    assert row_of(page, 1, "plain")[3] == "censored"
+    assert row_of(page, 2, "sigmoid") == ["sigmoid", "pinned", "sigmoid", "0", "0"]
+    provenance = row_of(page, 3, "pinned")
+    assert provenance[2] == "c" * 12 + " + changes" and provenance[7] == "e" * 12
+    assert row_of(page, 3, "plain")[7] == "none"
+
+
+def test_figures_hold_the_stored_values(page, runs):
+    figures = json_block(page, "figures")
+    excess = figures["excess_mass"]
+    line = next(trace for trace in excess["data"] if trace["name"] == "pinned_1")
+    assert line["visible"] == "legendonly" and line["x"] == STEPS
+    metrics = pd.read_csv(runs["pinned_1"] / "metrics.csv")
+    np.testing.assert_allclose(line["y"], metrics["sink/excess"], rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(line["meta"]["tokens"], metrics["tokens"])
+    heads = json_block(page, "details")["pinned_1"]["head_maps"]
+    table = pd.read_parquet(runs["pinned_1"] / "sinks")
+    assert len(heads["frames"]) <= 30 and heads["frames"][-1]["name"] == str(STEPS[-1])
+    for frame in heads["frames"]:
+        stored = table[table["step"] == int(frame["name"])]
+        expected = stored.pivot(index="layer", columns="head", values="alpha")
+        np.testing.assert_allclose(frame["data"][0]["z"], expected, rtol=1e-5)
+    assert heads["layout"]["sliders"][0]["active"] == len(heads["frames"]) - 1
+
+
+def test_proxies_are_never_on_an_axis_unmarked(page):
+    figures = json_block(page, "figures")
+    for name in ("excess_mass", "mass", "rate", "probe_excess", "mass_against_loss"):
+        assert "proxy where marked" in figures[name]["layout"]["yaxis"]["title"]["text"], name
+        proxies = [t for t in figures[name]["data"] if t.get("legendgroup") == "arm 2"]
+        assert proxies and all("proxy" in trace["name"] for trace in proxies), name
+    heads = json_block(page, "details")
+    assert "proxy" in heads["sigmoid"]["head_maps"]["data"][0]["colorbar"]["title"]["text"]
+    assert "proxy" not in str(heads["pinned"]["head_maps"]["data"][0]["colorbar"])
+
+
+def test_an_arm_has_one_colour_everywhere(page):
+    colours: dict[str, set] = {}
+    for figure in json_block(page, "figures").values():
+        for trace in figure["data"]:
+            group = trace.get("legendgroup", "")
+            drawn = trace.get("line", {}).get("color") or trace.get("fillcolor")
+            drawn = drawn or trace["marker"]["color"]
+            if group.startswith("arm"):
+                colours.setdefault(group, set()).add(drawn)
+    assert len(colours) == 3 and all(len(drawn) == 1 for drawn in colours.values())
+    assert len(set.union(*colours.values())) == 3
+
+
+def test_the_page_is_one_file(page):
+    assert page.count("plotly.js v") == 1
+    assert len(page.encode()) < 6_000_000
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert not re.search(r"https?://", outside)
+    assert re.findall(r'(?:src|href)="(.*?)"', outside) == ["data:,"]
+    assert "default-src 'none'" in outside
+
+
+def test_names_are_text_whatever_they_hold(tmp_path):
+    path = made_run(tmp_path / "a<b>&c", "seed=5", steps=[1, 2], onset=None)
+    out = tmp_path / "report.html"
+    assert command([str(path), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "a<b>" not in page and "a&lt;b&gt;&amp;c" in page
+    assert "a<b>&c" in json_block(page, "details")
+
+
+def test_a_run_that_has_just_begun_is_shown_without_figures(tmp_path, capsys):
+    path = made_run(tmp_path / "young", "seed=5", steps=[1], onset=None)
+    for part in (path / "sinks").iterdir():
+        part.unlink()
+    (path / "metrics.csv").unlink()
+    out = tmp_path / "report.html"
+    figures = tmp_path / "figures"
+    assert command([str(path), "--out", str(out), "--figures", str(figures)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(out)]
+    page = out.read_text()
+    assert json_block(page, "figures") == {} and json_block(page, "details") == {}
+    assert "No record of the first key in: young." in text_of(page)
+    assert row_of(page, 1, "young")[2:] == ["–"] * 6
+
+
+def test_figures_of_record_and_a_line_a_file(report, runs, tmp_path):
+    names = ("excess_mass", "mass_against_loss", "norm_ratios")
+    drawn = [report / "figures" / f"{name}.{ending}" for name in names for ending in ("png", "svg")]
+    told = (report / "told.txt").read_text().splitlines()
+    assert told == [str(path) for path in (report / "report.html", *drawn)]
+    assert drawn[0].read_bytes().startswith(b"\x89PNG")
+    svg = drawn[1].read_bytes()
+    assert b"<svg" in svg
+    _, arms = gather(list(runs.values()))
+    again = draw_record(arms, tmp_path)
+    assert again[1].read_bytes() == svg, "the same bytes for the same runs"
+
+
+def test_mistakes_are_one_line(runs, tmp_path, capsys, monkeypatch):
+    def line(*arguments: str) -> str:
+        assert command([*arguments]) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1
+        return told.err
+
+    run, out = str(runs["plain"]), str(tmp_path / "out.html")
+    assert "RUN must name at least one run folder" in line("--out", out)
+    assert str(tmp_path / "nowhere") in line(str(tmp_path / "nowhere"), "--out", out)
+    assert "config.yaml" in line(run, str(tmp_path), "--out", out)
+    assert "--out must lie in an existing folder" in line(run, "--out", str(tmp_path / "a" / "b"))
+    assert "--out must be a file" in line(run, "--out", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert "--figures must be a folder" in line(
+        run, "--out", out, "--figures", str(tmp_path / "file")
+    )
+    assert not Path(out).exists()
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    assert "pip install 'sinklab[report]'" in line(run, "--out", out)

@@ -1,0 +1,112 @@
+"use strict";
+// Draws the figures of the page's JSON blocks; one legend hides an arm or run in all of them.
+
+const read = (id) => JSON.parse(document.getElementById(id).textContent);
+const figures = read("figures");
+const details = read("details");
+// Nothing leaves the page: plotly's own button would upload the figure.
+const config = { responsive: true, displaylogo: false, showSendToCloud: false };
+const charts = () => [...document.querySelectorAll(".figure")].filter((div) => div.data);
+const hidden = new Set();
+
+for (const [name, figure] of Object.entries(figures)) {
+  const div = document.getElementById(name);
+  for (const trace of figure.data) {
+    if (trace.visible === "legendonly") hidden.add(trace.legendgroup);
+  }
+  draw(div, figure).then(() => {
+    div.on("plotly_legendclick", (event) => {
+      toggle(event.data[event.curveNumber].legendgroup);
+      return false;
+    });
+    div.on("plotly_legenddoubleclick", (event) => {
+      isolate(event.data[event.curveNumber].legendgroup);
+      return false;
+    });
+  });
+}
+
+function draw(div, figure) {
+  const copy = structuredClone(figure);
+  return Plotly.newPlot(div, { ...copy, config }).then(() => setAxis(div));
+}
+
+function groups() {
+  const all = charts().flatMap((div) => div.data.map((trace) => trace.legendgroup));
+  return [...new Set(all)].filter((group) => /^(arm|run) /.test(group ?? ""));
+}
+
+function toggle(group) {
+  if (hidden.has(group)) hidden.delete(group);
+  else hidden.add(group);
+  show();
+}
+
+// The one alone; once more: all arms, no runs.
+function isolate(group) {
+  const others = groups().filter((name) => name !== group);
+  const alone = !hidden.has(group) && others.every((name) => hidden.has(name));
+  hidden.clear();
+  for (const name of others) {
+    if (!alone || name.startsWith("run ")) hidden.add(name);
+  }
+  if (alone && group.startsWith("run ")) hidden.add(group);
+  show();
+}
+
+function show() {
+  for (const div of charts()) {
+    const visible = div.data.map((trace) => (hidden.has(trace.legendgroup) ? "legendonly" : true));
+    Plotly.restyle(div, { visible });
+  }
+}
+
+// The x axis of every curve: steps or tokens, logarithmic or linear.
+function setAxis(div) {
+  if (div.layout.meta?.over !== "steps") return undefined;
+  const [what, type] = document.getElementById("axis").value.split(" ");
+  const x = div.data.map((trace) => {
+    trace.steps ??= trace.x;
+    return what === "tokens" ? trace.meta.tokens : trace.steps;
+  });
+  const layout = {};
+  for (const name of Object.keys(div.layout).filter((key) => key.startsWith("xaxis"))) {
+    layout[`${name}.type`] = type;
+    layout[`${name}.dtick`] = type === "log" ? "D2" : null;
+    layout[`${name}.title.text`] = what;
+    layout[`${name}.autorange`] = true;
+  }
+  return Plotly.update(div, { x }, layout);
+}
+
+document.getElementById("axis").addEventListener("change", () => charts().forEach(setAxis));
+
+// One run: its heat map keeps the step nearest to the one that was looked at.
+const chosen = document.getElementById("run");
+
+function drawRun() {
+  const heads = document.getElementById("head_maps");
+  const norms = document.getElementById("norms_by_layer");
+  const slider = heads.layout?.sliders?.[0];
+  const step = slider && Number(slider.steps[slider.active].args[0][0]);
+  const figure = details[chosen.value];
+  for (const [div, one] of [[norms, figure.norms_by_layer], [heads, figure.head_maps]]) {
+    Plotly.purge(div);
+    div.hidden = !one;
+    if (one) draw(div, one).then(() => div === heads && step && goTo(div, step));
+  }
+}
+
+function goTo(div, step) {
+  const { steps } = div.layout.sliders[0];
+  const distance = (index) => Math.abs(Math.log(Number(steps[index].args[0][0]) / step));
+  const nearest = [...steps.keys()].reduce((a, b) => (distance(b) < distance(a) ? b : a));
+  return Plotly.relayout(div, { "sliders[0].active": nearest }).then(() =>
+    Plotly.animate(div, ...steps[nearest].args),
+  );
+}
+
+if (chosen) {
+  chosen.addEventListener("change", drawRun);
+  drawRun();
+}

@@ -1,0 +1,115 @@
+"""Figures of record: the report's main curves through matplotlib, as PNG and SVG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from train.plotting import BASELINE, log_steps, new_figure, plain_numbers
+from train.report.gather import NORM_PANELS, Arm, mean_and_range, over_layers, proxy_mark
+
+LINE_STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+"""matplotlib's names of plotly's line styles."""
+
+
+def draw_record(arms: Sequence[Arm], folder: Path) -> list[Path]:
+    """Draw what the runs' data allows into ``folder``; the files, a PNG and an SVG each.
+
+    excess_mass: mean over seeds and range; mass_against_loss: a point a run; norm_ratios: of the
+    row's first token, in the layer where it stands out most.
+    """
+    figures = {
+        "excess_mass": _excess_mass(arms),
+        "mass_against_loss": _mass_against_loss(arms),
+        "norm_ratios": _norm_ratios(arms),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    # The same bytes for the same runs: no random ids, no date.
+    with matplotlib.rc_context({"svg.hashsalt": "sinklab"}):
+        for name, figure in figures.items():
+            for ending in ("png", "svg") if figure is not None else ():
+                path = folder / f"{name}.{ending}"
+                metadata = {"Date": None} if ending == "svg" else {}
+                figure.savefig(path, dpi=150, metadata=metadata)
+                drawn.append(path)
+    return drawn
+
+
+def _excess_mass(arms: Sequence[Arm]) -> Figure | None:
+    figure, (axis,) = new_figure()
+    curves = [(arm, arm.curve("sink/excess")) for arm in arms]
+    if not _draw_curves(axis, curves):
+        return None
+    axis.axhline(0, label="uniform attention", **BASELINE)
+    axis.set(
+        ylabel=f"mass − uniform baseline{proxy_mark(arms)}", title="First key, first 64 queries"
+    )
+    _legend(axis)
+    return figure
+
+
+def _mass_against_loss(arms: Sequence[Arm]) -> Figure | None:
+    figure, (axis,) = new_figure(width=5.2)
+    levels = set()
+    for arm in arms:
+        points = arm.mass_against_loss()
+        if points.empty:
+            continue
+        levels |= set(points["baseline"].round(4))
+        colours = {"facecolors": "none" if arm.is_proxy else arm.colour, "edgecolors": arm.colour}
+        axis.scatter(points["loss"], points["mass"], s=36, label=_told(arm.name), **colours)
+    if not levels:
+        return None
+    if len(levels) == 1:
+        axis.axhline(levels.pop(), label="uniform attention", **BASELINE)
+    axis.set_ylim(bottom=0)
+    axis.set(xlabel="canonical loss (nats a label)", ylabel=f"mass, T = 64{proxy_mark(arms)}")
+    axis.set_title("Mass against canonical loss")
+    _legend(axis)
+    return figure
+
+
+def _norm_ratios(arms: Sequence[Arm]) -> Figure | None:
+    figure, axes = new_figure(width=9.6, columns=2)
+    drawn = False
+    for axis, (prefix, (title, over)) in zip(axes, NORM_PANELS.items(), strict=True):
+        curves = [
+            (arm, mean_and_range([over_layers(run.metrics, prefix, over) for run in arm.runs]))
+            for arm in arms
+        ]
+        drawn |= _draw_curves(axis, curves)
+        axis.axhline(1, label="as ordinary tokens", **BASELINE)
+        axis.set_yscale("log")
+        plain_numbers(axis.yaxis)
+        axis.set(ylabel="norm over the median of ordinary tokens", title=f"Row's first: {title}")
+    _legend(axes[0])
+    return figure if drawn else None
+
+
+def _draw_curves(axis: Axes, curves: list[tuple[Arm, pd.DataFrame]]) -> bool:
+    """Means with bands over logarithmic steps; whether there was any."""
+    curves = [(arm, curve[curve["step"] > 0]) for arm, curve in curves]
+    curves = [(arm, curve) for arm, curve in curves if len(curve)]
+    for arm, curve in curves:
+        style = {"color": arm.colour, "linestyle": LINE_STYLES[arm.dash]}
+        axis.plot(curve["step"], curve["mean"], label=_told(arm.name), **style)
+        if len(arm.runs) > 1:
+            axis.fill_between(
+                curve["step"], curve["low"], curve["high"], color=arm.colour, alpha=0.16, lw=0
+            )
+    if curves:
+        log_steps(axis, pd.concat([curve["step"] for _, curve in curves]))
+    return bool(curves)
+
+
+def _legend(axis: Axes) -> None:
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _told(label: str) -> str:
+    # A label that begins with an underscore would be left out of the legend; $ starts a formula.
+    return label.replace(", ", "\n").lstrip("_").replace("$", r"\$")
