@@ -75,6 +75,9 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
         config.packing.batch_tokens,
     )
     _check_positions(module.decoder, config.packing.context)
+    allowed = f"must be [] for packing.context < {HORIZON}"
+    probed, long = config.tracking.probes, config.packing.context >= HORIZON
+    require(long or not probed, "tracking.probes", allowed, probed)
     step = check_state_file(folder, module, data) if resuming else -1
     if parent is not None and not resuming:
         start_from(module.decoder, parent, data.tokenizer.sha256)
@@ -224,7 +227,12 @@ def _print_start(
         lines.append(f"start    the weights of {config.init_from}")
     if config.resume and step < 0:
         lines.append(f"no checkpoint to resume in {folder.path}: starting from the beginning")
-    if min(config.packing.context, config.attention.window or HORIZON) < HORIZON:
+    windows = [config.attention.window_of(layer) for layer in range(config.model.num_layers)]
+    short = [window is not None and window < HORIZON for window in windows]
+    if config.packing.context < HORIZON or all(short):
         lines.append(f"no key is seen by {HORIZON} queries here, so there will be no sink figures")
+    elif any(short):
+        whose = f"the {short.count(False)} of {len(short)} layers"
+        lines.append(f"sink figures are of {whose} in which {HORIZON} queries see a key")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

@@ -57,7 +57,11 @@ def print_summary(
         baseline = f"uniform {metrics.get(f'{prefix}/baseline', float('nan')):.3f}"
         add(f"{title}: first key's mass{mark}, T=64", f"{prefix}/mass", baseline + note)
         add(f"{title}: slot's mass", f"{prefix}_null/mass", "attention beside the keys")
-        add(f"{title}: first key's of the keys'", f"{prefix}_of_keys/mass", "mass / (1 - slot's)")
+        add(
+            f"{title}: first key's without the slot",
+            f"{prefix}_of_keys/mass",
+            "mass / (1 - slot's)",
+        )
         add(f"{title}: heads over 0.3", f"{prefix}/rate_030", "share of (sample, layer, head)")
         add(f"{title}: loss", f"{prefix}/loss", "on the same labels")
     if "backcopy/non_trigger_mass" in metrics:
@@ -85,7 +89,7 @@ def print_summary(
         )
     if data.optimal_loss is None and row["tokens"] < SINK_EXPECTED_TOKENS:
         lines.append(
-            f"no sink is expected from {row['tokens'] / 1e6:.1f}M tokens of text: "
+            f"no sink is expected from {row['tokens']:,} tokens of text: "
             "see experiment=bigram_backcopy for one that forms in CPU minutes"
         )
     for line in lines:

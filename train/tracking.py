@@ -1,10 +1,11 @@
 """What a run measures, when, and at which steps it keeps its weights."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kernels.attention import StatisticsLevel
 from kernels.errors import require
+from train.probes import PROBES
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,8 @@ class TrackingConfig:
     """Held-out rows of the canonical loss."""
     probe_rows: int = 100
     """Held-out 64-token prompts of the sink probes."""
+    probes: list[str] = field(default_factory=list)
+    """Probes to run at validations, logged as probe/<name>/...: names in train.probes.PROBES."""
     figures: bool = True
     """Draw figures/ at the end of the run."""
 
@@ -50,6 +53,8 @@ class TrackingConfig:
         ):
             value = getattr(self, name)
             require(value >= 1, f"tracking.{name}", "must be >= 1", value)
+        for name in self.probes:
+            require(name in PROBES, "tracking.probes", f"must be among {', '.join(PROBES)}", name)
         require(self.dense_until >= 0, "tracking.dense_until", "must be >= 0", self.dense_until)
 
 

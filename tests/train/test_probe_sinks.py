@@ -126,10 +126,10 @@ def test_angles_and_entropy_of_a_head_on_the_bos():
     assert values(found, "product_first", input="bos_text") == pytest.approx([norm, norm])
     assert max(values(found, "entropy_share", input="bos_text")) < 1e-6
     # One-hot states all have norm 1; of 64 * 16 entries 64 are 1, the median 0.
-    assert value(found, "hidden_ratio", input="bos_text", layer=-1) == pytest.approx(1)
+    assert value(found, "hidden_ratio_embedding", input="bos_text") == pytest.approx(1)
     p = 1 / LENGTH
     kurtosis = (1 - 6 * p * (1 - p)) / (p * (1 - p))
-    assert value(found, "kurtosis", input="bos_text", layer=-1) == pytest.approx(kurtosis)
+    assert value(found, "kurtosis_embedding", input="bos_text") == pytest.approx(kurtosis)
 
 
 def test_norms_of_a_large_first_token_with_a_small_value():
@@ -141,7 +141,7 @@ def test_norms_of_a_large_first_token_with_a_small_value():
     set_weight(attention.value, torch.diag(torch.tensor([0.01] + [1.0] * (LENGTH - 1))))
     set_weight(attention.key, torch.eye(LENGTH))
     found = list(probe_norms(decoder, prompts(text=text(), bos_text=bos_text())))
-    assert value(found, "hidden_ratio", input="bos_text", layer=-1) == pytest.approx(30)
+    assert value(found, "hidden_ratio_embedding", input="bos_text") == pytest.approx(30)
     assert value(found, "key_ratio", input="bos_text") == pytest.approx(30)
     assert value(found, "value_ratio", input="bos_text") == pytest.approx(0.3)
     # Zero queries: uniform attention.

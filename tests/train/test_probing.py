@@ -131,3 +131,24 @@ def test_a_hugging_face_model(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     mass = table.query("name == 'mass' and layer == -1 and input == 'text'")["value"].item()
     assert f"{mass:.4f}".rstrip("0") in shown
+
+
+def test_probes_at_validations_are_metrics(train, tmp_path):
+    assert train("tracking.probes=[losses,norms]", "trainer.max_steps=1") == 0
+    trained = load_run(tmp_path / "run")
+    rows = trained.settings["tracking"]["probe_rows"]
+    probe_run(trained, ["losses", "norms"], rows=rows, device=torch.device("cpu"), steps=[1])
+    logged = trained.metrics().set_index("step").loc[1]
+    table = trained.probes()
+    cost = table.query("name == 'cost_hidden_first' and input == 'text'")["value"].item()
+    assert logged["probe/losses/text/cost_hidden_first"] == pytest.approx(cost, abs=1e-5)
+    ratio = table.query("name == 'value_ratio' and input == 'bos_text' and layer == 1")["value"]
+    assert logged["probe/norms/bos_text/value_ratio/layer_01"] == pytest.approx(ratio.mean())
+
+
+def test_probes_at_validations_that_cannot_be(train, tmp_path, capsys):
+    assert train("tracking.probes=[smells]") == 2
+    assert "tracking.probes must be among sinks, losses" in capsys.readouterr().err
+    assert train("tracking.probes=[losses]", "packing.context=32") == 2
+    assert "tracking.probes must be [] for packing.context < 64" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -116,7 +116,11 @@ class Validation(L.Callback):
     def validate(self, pl_module: PretrainModule) -> None:
         with pl_module.outside_training():
             self.latest = evaluate(
-                pl_module.decoder, self.data, pl_module.device, self.config.probe_rows
+                pl_module.decoder,
+                self.data,
+                pl_module.device,
+                self.config.probe_rows,
+                self.config.probes,
             )
         pl_module.record(self.latest.metrics)
 

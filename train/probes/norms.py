@@ -1,7 +1,8 @@
 """What the sink looks like from inside: norms, massive activations, angles, entropy.
 
 On 64-token prompts with and without BOS, means over prompts; layers count from 0, and hidden states
-are those after the block, the embedding's being layer -1 (arXiv 2410.10781):
+are those after the block, the embedding's having names that end in ``_embedding``
+(arXiv 2410.10781):
 
     hidden_ratio          ||h_0|| / mean_{t > 0} ||h_t||, by layer
     key_ratio             the same of each head's keys, by layer and key head
@@ -42,9 +43,12 @@ def probe_norms(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
         if name not in inputs.prompts:
             continue
         seen = trace(decoder, cut(inputs.prompts[name], PROMPTS))
-        for index, hidden_BTC in enumerate(seen.hidden_BTC):
+        embedded_BTC, *after = seen.hidden_BTC
+        for what, value in _of_hidden(embedded_BTC).items():
+            yield Finding(f"{what}_embedding", name, value)
+        for layer, hidden_BTC in enumerate(after):
             for what, value in _of_hidden(hidden_BTC).items():
-                yield Finding(what, name, value, index - 1)
+                yield Finding(what, name, value, layer)
         for layer in range(len(decoder.blocks)):
             heads = {
                 "key_ratio": _ratio_G(seen.k_BTGD[layer]),

@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 import torch
 
 from data.files import write_atomically
-from models.decoder import Decoder
 from train.probes import PROBES
-from train.probes.base import Finding, ProbeInputs
+from train.probes.base import Finding
 from train.probes.inputs import probe_inputs, probe_set_sha256
 from train.runs import PROBE_COLUMNS, Run
 
@@ -62,7 +61,7 @@ def probe_run(
             continue
         decoder = run.at(step).model.to(device)
         for name in wanted:
-            table = _table(run, step, name, findings(name, decoder, inputs), probe_set)
+            table = _table(run, step, name, PROBES[name](decoder, inputs), probe_set)
             path = _path(run, name, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _parquet(table, probe_set))
@@ -71,15 +70,6 @@ def probe_run(
         # Hundreds of checkpoints don't fit into memory together.
         run.forget(step)
     return made
-
-
-def findings(name: str, decoder: Decoder, inputs: ProbeInputs) -> list[Finding]:
-    """What one probe finds, in evaluation mode."""
-    training = decoder.training
-    decoder.eval()
-    found = list(PROBES[name](decoder, inputs))
-    decoder.train(training)
-    return found
 
 
 def _path(run: Run, name: str, step: int) -> Path:
