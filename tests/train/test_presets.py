@@ -51,6 +51,7 @@ def test_every_experiment_composes_at_full_size_and_tells_its_command(name):
     assert f"# Parameters: {count:,} without embeddings." in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiments_sweep_is_its_own_and_its_ends_compose(name):
     experiment = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
