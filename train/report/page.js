@@ -7,14 +7,22 @@ const details = read("details");
 // Nothing leaves the page: plotly's own button would upload the figure.
 const config = { responsive: true, displaylogo: false, showSendToCloud: false };
 const charts = () => [...document.querySelectorAll(".figure")].filter((div) => div.data);
+const armCharts = () => charts().filter((div) => div.id in figures);
 const hidden = new Set();
 
-for (const [name, figure] of Object.entries(figures)) {
-  const div = document.getElementById(name);
+for (const figure of Object.values(figures)) {
   for (const trace of figure.data) {
     if (trace.visible === "legendonly") hidden.add(trace.legendgroup);
   }
-  draw(div, figure).then(() => {
+}
+for (const [name, figure] of Object.entries(figures)) draw(document.getElementById(name), figure);
+
+function draw(div, figure) {
+  div.figure = figure;
+  const copy = onAxis(structuredClone(figure));
+  if (!(div.id in figures)) return Plotly.newPlot(div, { ...copy, config });
+  for (const trace of copy.data) trace.visible = visibility(trace);
+  return Plotly.newPlot(div, { ...copy, config }).then(() => {
     div.on("plotly_legendclick", (event) => {
       toggle(event.data[event.curveNumber].legendgroup);
       return false;
@@ -26,13 +34,33 @@ for (const [name, figure] of Object.entries(figures)) {
   });
 }
 
-function draw(div, figure) {
-  const copy = structuredClone(figure);
-  return Plotly.newPlot(div, { ...copy, config }).then(() => setAxis(div));
+function visibility(trace) {
+  return hidden.has(trace.legendgroup) ? "legendonly" : true;
 }
 
+// The x axis of every curve: steps or tokens, logarithmic or linear.
+function onAxis(figure) {
+  if (figure.layout.meta?.over !== "steps") return figure;
+  const [what, type] = document.getElementById("axis").value.split(" ");
+  for (const trace of figure.data) {
+    if (what === "tokens") trace.x = trace.meta.tokens;
+  }
+  for (const name of Object.keys(figure.layout).filter((key) => key.startsWith("xaxis"))) {
+    const axis = figure.layout[name];
+    axis.type = type;
+    axis.title.text = what;
+    if (type === "linear") delete axis.dtick;
+  }
+  return figure;
+}
+
+// Drawn anew: plotly.js 4.1 hangs when a figure's logarithmic axis is made linear.
+document.getElementById("axis").addEventListener("change", () => {
+  for (const div of charts()) if (div.layout.meta?.over === "steps") draw(div, div.figure);
+});
+
 function groups() {
-  const all = charts().flatMap((div) => div.data.map((trace) => trace.legendgroup));
+  const all = armCharts().flatMap((div) => div.data.map((trace) => trace.legendgroup));
   return [...new Set(all)].filter((group) => /^(arm|run) /.test(group ?? ""));
 }
 
@@ -55,31 +83,8 @@ function isolate(group) {
 }
 
 function show() {
-  for (const div of charts()) {
-    const visible = div.data.map((trace) => (hidden.has(trace.legendgroup) ? "legendonly" : true));
-    Plotly.restyle(div, { visible });
-  }
+  for (const div of armCharts()) Plotly.restyle(div, { visible: div.data.map(visibility) });
 }
-
-// The x axis of every curve: steps or tokens, logarithmic or linear.
-function setAxis(div) {
-  if (div.layout.meta?.over !== "steps") return undefined;
-  const [what, type] = document.getElementById("axis").value.split(" ");
-  const x = div.data.map((trace) => {
-    trace.steps ??= trace.x;
-    return what === "tokens" ? trace.meta.tokens : trace.steps;
-  });
-  const layout = {};
-  for (const name of Object.keys(div.layout).filter((key) => key.startsWith("xaxis"))) {
-    layout[`${name}.type`] = type;
-    layout[`${name}.dtick`] = type === "log" ? "D2" : null;
-    layout[`${name}.title.text`] = what;
-    layout[`${name}.autorange`] = true;
-  }
-  return Plotly.update(div, { x }, layout);
-}
-
-document.getElementById("axis").addEventListener("change", () => charts().forEach(setAxis));
 
 // One run: its heat map keeps the step nearest to the one that was looked at.
 const chosen = document.getElementById("run");
