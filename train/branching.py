@@ -32,8 +32,9 @@ def split_init_from(init_from: str) -> tuple[Path, int | str]:
 def find_parent(settings: dict) -> dict:
     """Where the weights of ``settings["init_from"]`` are and which: what is stored as the parent.
 
-    path, run_id, arm (its ``arm_hash``), step, weights_sha256. A resumed run keeps what its folder
-    says, so that its parent may be gone by then or have gone on.
+    path, run_id, arm (its ``arm_hash``), step, weights_sha256. A run that is resumed with its
+    ``run_dir`` keeps what its folder says, so that its parent may be gone by then or have gone on;
+    without ``run_dir`` the parent is needed, as its weights are part of the folder's name.
     Raises ``UserError`` for no run folder or a step that it didn't keep.
     """
     if settings["resume"] and settings["run_dir"]:

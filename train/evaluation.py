@@ -7,13 +7,11 @@ held-out text whose labels are the same in every run on the corpus, the one loss
 Sinks: ``probe/t64_text/...`` on 64-token prompts of held-out text, ``probe/t64_bos_text/...`` on
 the BOS and the first 63, with the loss on the same labels.
 
-Probes that ``tracking.probes`` asks for: ``probe/<probe>/...``, see ``train.probes``.
-
 On Bigram-Backcopy, ``backcopy/...``: the first key's mass by whether the query is a trigger.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +24,6 @@ from models.batch import IGNORE_LABEL, PackedBatch
 from models.decoder import Decoder
 from train.metrics import HORIZON, SinkTotals
 from train.module import summed_cross_entropy
-from train.probes.in_training import probe_metrics
-from train.probes.inputs import probe_inputs
 from train.sink_table import sink_metrics
 
 
@@ -45,12 +41,10 @@ def evaluate(
     data: TokenDataModule,
     device: torch.device,
     probe_rows: int,
-    probes: Sequence[str] = (),
 ) -> Evaluation:
     """Everything above, in evaluation mode; all ranks compute the same.
 
-    probe_rows: 64-token prompts of each kind. probes: names of ``train.probes.PROBES`` to run too,
-    which need rows of at least 64 tokens.
+    probe_rows: 64-token prompts of each kind.
     """
     training = decoder.training
     decoder.eval()
@@ -77,9 +71,6 @@ def evaluate(
     if data.trigger_ids is not None:
         trigger_ids = torch.from_numpy(data.trigger_ids).to(device)
         metrics |= backcopy_metrics(decoder, canonical, trigger_ids, device)
-    if probes:
-        inputs = probe_inputs(data, rows=probe_rows, device=device)
-        metrics |= probe_metrics(probes, decoder, inputs)
     decoder.train(training)
     return result
 

@@ -34,7 +34,11 @@ NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
 
 SEEDS = ("seed", "data_seed")
+
 """Settings in which the runs of an arm differ."""
+
+NOT_THE_ARM = (("trainer", "progress"), ("trainer", "num_workers"), ("tracking", "figures"))
+"""Settings in which runs of an arm may differ too: nothing that is computed depends on them."""
 
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
 """Settings of the experiment that a resumed run may nevertheless change."""
@@ -109,6 +113,8 @@ def arm_hash(settings: dict) -> str:
     """
     kept = _of_the_experiment(settings)
     kept = {name: value for name, value in kept.items() if name not in SEEDS}
+    for section, name in NOT_THE_ARM:
+        kept[section] = {key: value for key, value in kept[section].items() if key != name}
     if parent := kept.pop(PARENT, None):
         kept["init_from"] = [parent["arm"], parent["step"]]
     return _hash(kept)
@@ -230,6 +236,9 @@ def drop_after(folder: RunFolder, step: int) -> None:
     for part in folder.sinks.glob("part-*.parquet"):
         if _step_of(part.stem, "part-") > step:
             part.unlink()
+    for table in folder.probes.glob("*/step_*.parquet"):
+        if _step_of(table.stem, "step_") > step:
+            table.unlink()
     for kept in folder.last.parent.glob("step_*"):
         if _step_of(kept.name, "step_") > step:
             shutil.rmtree(kept)

@@ -44,7 +44,7 @@ SINK_COLUMNS = (
 
 PROBE_COLUMNS = (
     *("run", "step", "tokens", "probe", "name", "input", "layer", "head", "position"),
-    *("value", "probe_set"),
+    *("value", "probe_set", "alpha_kind"),
 )
 """Columns of ``Run.probes()``."""
 
@@ -159,7 +159,8 @@ class Run:
     def probes(self) -> pd.DataFrame:
         """Every part of probes/: a row a value, columns ``PROBE_COLUMNS``.
 
-        probe_set: SHA-256 of the held-out text that was probed.
+        probe_set: digest of the text that was probed, which tells rows of several apart.
+        alpha_kind: whether attention is a ``probability`` or a ``proxy`` (``train.metrics``).
         """
         return _parts(sorted(self.folder.probes.rglob("*.parquet")), PROBE_COLUMNS)
 

@@ -24,7 +24,8 @@ SENT_OF_SINK = ("baseline", "rate_080", "rate_030_of_means", "rate_030_from_laye
 
 _BY_LAYER = re.compile(r"/layer_\d+$")
 _AGGREGATION = re.compile(
-    r"(sink\w*|probe/\w+)/(mass|baseline|excess|rate_\d{3}(_of_means|_from_layer_\d+)?)"
+    r"(sink\w*|probe/\w+(?:/\w+)?)/(?:row_|document_|null_|of_keys_)?"
+    r"(mass|baseline|excess|rate_\d{3}(_of_means|_from_layer_\d+)?)"
 )
 
 

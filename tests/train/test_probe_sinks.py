@@ -9,7 +9,9 @@ import math
 import pytest
 import torch
 
+from models.attention import ATTENTIONS, SoftmaxAttention
 from models.batch import IGNORE_LABEL
+from models.decoder import Decoder, DecoderConfig
 from tests.train.handmade import (
     LENGTH,
     blank_decoder,
@@ -23,6 +25,7 @@ from train.probes.inputs import TokenClass
 from train.probes.losses import probe_losses
 from train.probes.norms import probe_norms
 from train.probes.sinks import probe_sinks
+from train.probes.trace import trace
 
 T = 64
 UNIFORM = sum(1 / i for i in range(1, T + 1)) / T
@@ -43,6 +46,18 @@ def bos_seeker(value_norm: float = 0.0, *, num_layers: int = 2):
     first = decoder.blocks[0].attention
     set_weight(first.value, value_norm * torch.eye(LENGTH)[0].outer(torch.eye(LENGTH)[0]))
     set_weight(first.output, torch.eye(LENGTH)[1].outer(torch.eye(LENGTH)[0]))
+    return decoder
+
+
+def random_decoder(attention, num_layers=2):
+    """Four query and two key heads, weights so large that attention is far from uniform."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        num_layers=num_layers, d_model=24, num_heads=4, num_kv_heads=2, d_ff=20, vocab_multiple=1
+    )
+    decoder = Decoder(config, attention, LENGTH).double().eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, mean=parameter.ndim == 1, std=0.3)
     return decoder
 
 
@@ -130,6 +145,52 @@ def test_angles_and_entropy_of_a_head_on_the_bos():
     p = 1 / LENGTH
     kurtosis = (1 - 6 * p * (1 - p)) / (p * (1 - p))
     assert value(found, "kurtosis_embedding", input="bos_text") == pytest.approx(kurtosis)
+
+
+@pytest.mark.parametrize("window", [1, 3, None])
+def test_entropy_is_over_what_a_query_sees(window):
+    """Zero queries attend uniformly, whatever their window."""
+    decoder = blank_decoder(attention=SoftmaxAttention.Config(window=window))
+    found = list(probe_norms(decoder, prompts(text=text())))
+    shares = values(found, "entropy_share", input="text")
+    assert shares == pytest.approx([0.0 if window == 1 else 1.0] * 3)
+
+
+def test_angles_are_of_what_a_query_sees_with_its_own_groups_keys():
+    """Written out with loops, for two key heads of four query heads and a window."""
+    decoder = random_decoder(SoftmaxAttention.Config(window=5), num_layers=1)
+    inputs = prompts(text=text(rows=1)[:, :9])
+    found = list(probe_norms(decoder, inputs))
+    run = trace(decoder, inputs.prompts["text"])
+    for head in range(4):
+        q_TD, k_TD = run.q_BTHD[0][0, :, head], run.k_BTGD[0][0, :, head // 2]
+        pairs = [(i, j) for i in range(9) for j in range(max(1, i - 4), i + 1)]
+        cosines = [torch.cosine_similarity(q_TD[i], k_TD[j], dim=0).item() for i, j in pairs]
+        ours = value(found, "cosine_others", layer=0, head=head)
+        assert ours == pytest.approx(sum(cosines) / len(pairs))
+        firsts = [(q_TD[i].norm() * k_TD[0].norm()).item() for i in range(1, 5)]
+        assert value(found, "product_first", layer=0, head=head) == pytest.approx(sum(firsts) / 4)
+
+
+VARIANTS = {
+    **{name: kind.Config() for name, kind in ATTENTIONS.items()},
+    "hybrid": SoftmaxAttention.Config(window=8, global_every=2),
+    "window": SoftmaxAttention.Config(window=40),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_kind_of_decoder_has_finite_findings_once(name):
+    decoder = random_decoder(VARIANTS[name])
+    inputs = prompts(text=text(rows=2), bos_text=bos_text(rows=2))
+    inputs.context.append(inputs.prompts["text"])
+    for batch in inputs.prompts.values():
+        batch.labels_BT[:, 1:-1] = batch.tokens_BT[:, 2:]
+    for probe in (probe_sinks, probe_losses, probe_norms):
+        found = list(probe(decoder, inputs))
+        assert all(math.isfinite(one.value) for one in found)
+        keys = [one._replace(value=0.0) for one in found]
+        assert len(set(keys)) == len(keys) > 0
 
 
 def test_norms_of_a_large_first_token_with_a_small_value():

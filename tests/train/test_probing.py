@@ -12,6 +12,7 @@ from scripts.probe import main
 from train.probes import PROBES
 from train.probes.inputs import TokenClass, probe_inputs, probe_set_sha256, token_classes
 from train.probes.of_runs import probe_run
+from train.run_folder import drop_after
 from train.runs import PROBE_COLUMNS, load_run
 
 
@@ -73,6 +74,21 @@ def test_killed_in_the_middle_it_ends_with_the_same_table(run):
     pd.testing.assert_frame_equal(probed(run), interrupted)
 
 
+def test_other_weights_are_probed_anew(run):
+    """What a resume trains again has the old step's name."""
+    device = torch.device("cpu")
+    assert probe_run(run, ["losses"], rows=4, device=device) == 3
+    checkpoints = run.folder.last.parent
+    shutil.rmtree(checkpoints / "step_00000004")
+    shutil.copytree(checkpoints / "step_00000008", checkpoints / "step_00000004")
+    again = load_run(run.path)
+    assert probe_run(again, ["losses"], rows=4, device=device) == 1
+    table = again.probes().set_index(["step", "name", "input"])["value"]
+    assert table[4].to_list() == table[8].to_list() != table[0].to_list()
+    drop_after(run.folder, 4)
+    assert set(again.probes()["step"]) == {0, 4}
+
+
 def test_probed_losses_are_those_of_training(run):
     """The last step's validation looked at the same prompts."""
     rows = run.settings["tracking"]["probe_rows"]
@@ -99,6 +115,8 @@ def test_the_probe_set(run):
     class_V = token_classes(tokenizer)
     comma, word = (tokenizer.encode_batch([text])[0][0] for text in (",", "the"))
     assert class_V[comma] == TokenClass.delimiter and class_V[word] == TokenClass.other
+    part_of_a_character = tokenizer.encode_batch(["\u732b"])[0][0]
+    assert class_V[part_of_a_character] == TokenClass.other
     assert class_V[tokenizer.bos_id] == TokenClass.bos
     assert class_V[tokenizer.eos_id] == TokenClass.eos
 

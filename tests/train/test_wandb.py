@@ -172,6 +172,9 @@ def test_a_head_map_shows_the_head_that_sinks():
         ("sink_null/rate_080", "sink_null/rate_080", False),
         ("sink/mass/layer_11", "layers/sink/mass/layer_11", True),
         ("probe/t64_text/baseline", "probe/t64_text/baseline", False),
+        ("probe/sinks/text/rate_020", "probe/sinks/text/rate_020", False),
+        ("probe/sinks/context/row_mass", "probe/sinks/context/row_mass", True),
+        ("probe/losses/text/loss_hidden_first", "probe/losses/text/loss_hidden_first", True),
         ("probe/t64_text_of_keys/rate_030_from_layer_2", None, False),
     ],
 )

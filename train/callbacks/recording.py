@@ -12,6 +12,9 @@ from models.batch import PackedBatch
 from models.decoder import Decoder
 from train.evaluation import Evaluation, evaluate
 from train.module import PretrainModule
+from train.probes import ProbeInputs
+from train.probes.in_training import probe_metrics
+from train.probes.inputs import probe_inputs
 from train.tracking import TrackingConfig
 
 
@@ -84,7 +87,9 @@ def _matmul_dtype(trainer: L.Trainer) -> torch.dtype:
 
 
 class Validation(L.Callback):
-    """Held-out losses and sinks every ``tracking.validate_every`` steps, first and last included.
+    """Held-out losses, sinks and ``tracking.probes`` every ``tracking.validate_every`` steps.
+
+    The first and the last step are among them.
 
     A callback rather than Lightning's validation loop, because its figures must be written before
     the checkpoint of the same step: a resume from it then neither lacks nor repeats them.
@@ -95,6 +100,7 @@ class Validation(L.Callback):
         self.data = data
         self.max_steps = max_steps
         self.latest: Evaluation | None = None
+        self._inputs: ProbeInputs | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         if trainer.global_step == 0:
@@ -120,8 +126,13 @@ class Validation(L.Callback):
                 self.data,
                 pl_module.device,
                 self.config.probe_rows,
-                self.config.probes,
             )
+            if self.config.probes:
+                if self._inputs is None:
+                    rows, device = self.config.probe_rows, pl_module.device
+                    self._inputs = probe_inputs(self.data, rows=rows, device=device)
+                metrics = probe_metrics(self.config.probes, pl_module.decoder, self._inputs)
+                self.latest.metrics.update(metrics)
         pl_module.record(self.latest.metrics)
 
 

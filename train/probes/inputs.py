@@ -40,7 +40,8 @@ SEED = 2410_10781
 class TokenClass(IntEnum):
     """What a token is, for the question which tokens become sinks.
 
-    delimiter: text without a letter or digit (punctuation, white space, line ends).
+    delimiter: text without a letter or digit (punctuation, white space, line ends); a part of a
+    character's bytes is none.
     """
 
     other = 0
@@ -54,7 +55,7 @@ def token_classes(tokenizer: TextTokenizer) -> Tensor:
     class_V = torch.full((tokenizer.vocab_size,), int(TokenClass.other))
     for index in tokenizer.text_ids:
         text = tokenizer.decode([int(index)])
-        if text and not any(character.isalnum() for character in text):
+        if text and "\ufffd" not in text and not any(map(str.isalnum, text)):
             class_V[index] = TokenClass.delimiter
     if tokenizer.eos_id is not None:
         class_V[tokenizer.eos_id] = TokenClass.eos

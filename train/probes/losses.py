@@ -5,7 +5,7 @@ Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63
     loss                of ``text`` and of ``bos_text``
     loss_hidden_first   with key 0 hidden, in every layer, from every later query while it is still
                         there: what the sink is worth without the tokens moving or a token missing
-    cost_hidden_first   the difference
+    cost_hidden_first   the difference, both through the reference attention
     cost_without_bos    loss of text - loss of bos_text (input ``text``): deleting the BOS, which
                         also takes the model away from what it has seen in training
                         (arXiv 2504.02732, tables 2 and 3)
@@ -13,7 +13,7 @@ Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63
 A model that was trained without BOS doesn't know it: its ``bos_text`` says little. Where the mass
 goes when key 0 is hidden is ``interventions``' matter.
 
-Cost: two forward passes of each input, one of them through the reference attention.
+Cost: three forward passes of each input, two of them through the reference attention.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from models.batch import IGNORE_LABEL, PackedBatch
 from models.decoder import Decoder
@@ -38,14 +39,15 @@ def probe_losses(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
             continue
         batch = inputs.prompts[name]
         plain[name] = _loss(decoder(batch, statistics="off").logits_BTV, batch)
+        seen = _loss(decoder(batch, everywhere(decoder)).logits_BTV, batch)
         hidden = _loss(decoder(batch, everywhere(decoder, mask=hide_first)).logits_BTV, batch)
         yield Finding("loss", name, plain[name])
         yield Finding("loss_hidden_first", name, hidden)
-        yield Finding("cost_hidden_first", name, hidden - plain[name])
+        yield Finding("cost_hidden_first", name, hidden - seen)
     if "bos_text" in plain:
         yield Finding("cost_without_bos", "text", plain["text"] - plain["bos_text"])
 
 
-def _loss(logits_BTV, batch: PackedBatch) -> float:
+def _loss(logits_BTV: Tensor, batch: PackedBatch) -> float:
     num_labels = int((batch.labels_BT != IGNORE_LABEL).sum())
-    return summed_cross_entropy(logits_BTV.double(), batch.labels_BT).item() / num_labels
+    return summed_cross_entropy(logits_BTV, batch.labels_BT).item() / num_labels
