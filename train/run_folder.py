@@ -114,7 +114,8 @@ def arm_hash(settings: dict) -> str:
     kept = _of_the_experiment(settings)
     kept = {name: value for name, value in kept.items() if name not in SEEDS}
     for section, name in NOT_THE_ARM:
-        kept[section] = {key: value for key, value in kept[section].items() if key != name}
+        if section in kept:
+            kept[section] = {key: value for key, value in kept[section].items() if key != name}
     if parent := kept.pop(PARENT, None):
         kept["init_from"] = [parent["arm"], parent["step"]]
     return _hash(kept)
