@@ -1,11 +1,13 @@
 """``python -m train [overrides]``: train a decoder and measure its sinks; ``-m`` sweeps.
 
-A mistake in the settings ends in one line and exit code 2.
+A mistake in the settings ends in one line and exit code 2. A sweep goes on when one of its runs
+fails, and the same sweep again runs what isn't finished: exit code 1 if any failed.
 """
 
 import logging
 import os
 import sys
+import traceback
 import warnings
 
 # Hydra prints and exits by itself otherwise; here every error ends in one place, below.
@@ -14,12 +16,13 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 from train.config import plain, register_configs, typed
-from train.mistakes import tell
+from train.mistakes import MISTAKES, tell
 
 register_configs()
 
@@ -37,16 +40,28 @@ def main(settings: DictConfig) -> None:
     # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
     warnings.filterwarnings("ignore", ".*does not have many workers")
     chosen = HydraConfig.get()
+    in_sweep = chosen.mode is RunMode.MULTIRUN
+    if in_sweep:
+        # The same sweep again does what is missing of it.
+        settings.resume = True
     try:
         run(
             typed(settings),
             settings=plain(settings),
             experiment=chosen.runtime.choices.get("experiment") or "default",
             overrides=list(chosen.overrides.task),
+            skip_finished=in_sweep,
         )
     except (UserError, OmegaConfBaseException) as error:
         # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
         tell(error)
+        _failed_jobs.append(error)
+    except Exception as error:
+        if not in_sweep:
+            raise
+        # One run out of memory at night is no reason to lose the others.
+        traceback.print_exc()
+        print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
         _failed_jobs.append(error)
 
 
@@ -78,7 +93,10 @@ def command(arguments: list[str]) -> int:
     except SystemExit as stop:
         # Lightning ends an interrupted run like this; Hydra ends --help with 0.
         return _interrupted() if stop.code == 1 else int(stop.code or 0)
-    return 2 if _failed_jobs else 0
+    if not _failed_jobs:
+        return 0
+    mistaken = all(isinstance(error, MISTAKES) for error in _failed_jobs)
+    return 2 if mistaken else 1
 
 
 if __name__ == "__main__":

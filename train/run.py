@@ -35,10 +35,18 @@ from train.summary import print_summary
 from train.wandb_names import FIGURES
 
 
-def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[str]) -> None:
+def run(
+    config: RunConfig,
+    *,
+    settings: dict,
+    experiment: str,
+    overrides: list[str],
+    skip_finished: bool = False,
+) -> None:
     """Train as ``config`` says and leave the run folder.
 
-    settings: ``config`` as plain values, which is what is hashed and stored. Every check that can
+    settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
+    run that has made all its steps as it is, rather than raise UserError. Every check that can
     fail runs before the first file is written; a user's mistake raises UserError.
     """
     console = Console(markup=False)
@@ -52,6 +60,9 @@ def run(config: RunConfig, *, settings: dict, experiment: str, overrides: list[s
     parent = settings.get(PARENT)
     mode = wandb_mode(config.logger)
     folder, resuming = open_run_folder(settings, experiment, overrides)
+    if skip_finished and folder.is_finished(config.trainer.max_steps):
+        console.print(f"finished before: {folder.path}", highlight=False, soft_wrap=True)
+        return
 
     data = TokenDataModule(
         config.corpus,

@@ -89,6 +89,10 @@ class RunFolder:
     def unfinished_last(self) -> Path:
         return self.last.with_suffix(".tmp")
 
+    def is_finished(self, max_steps: int) -> bool:
+        """Whether the weights of the last step are kept: a folder of them appears when complete."""
+        return self.last.exists() and self.checkpoint(max_steps).is_dir()
+
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}"
 

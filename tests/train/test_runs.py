@@ -99,6 +99,40 @@ def test_the_six_packings_run_as_a_sweep(cache_dir, tmp_path, monkeypatch):
     assert len({metrics(folder)["train/loss"].iloc[-1] for folder in folders.values()}) == 6
 
 
+@pytest.mark.parametrize("runs", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
+    cache_dir, tmp_path, monkeypatch, capsys, runs
+):
+    from train.__main__ import command
+    from train.module import PretrainModule
+
+    step = PretrainModule.training_step
+
+    def fails(self, batch, batch_idx):
+        if torch.initial_seed() == 1 and self.trainer.global_step == 2:
+            raise RuntimeError("out of luck")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.chdir(tmp_path)
+    seeds = ",".join(map(str, range(runs)))
+    sweep = ["-m", f"seed={seeds}", "debug=cpu", f"cache_dir={cache_dir}", "trainer.max_steps=3"]
+    with monkeypatch.context() as failing:
+        failing.setattr(PretrainModule, "training_step", fails)
+        assert command(sweep) == 1
+    told = capsys.readouterr().err
+    assert "RuntimeError: out of luck" in told and "failed: seed=1 " in told
+    folders = {path.name[:7]: path for path in (tmp_path / "runs" / "default").iterdir()}
+    finished = {name for name, path in folders.items() if (path / "checkpoints/last.ckpt").exists()}
+    assert len(finished) == runs - 1 and "seed=1_" not in finished
+    before = {name: (folders[name] / "metrics.csv").stat() for name in finished}
+    assert command(sweep) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("finished before: ") == runs - 1 and shown.count("trained for") == 1
+    folders = {path.name[:7]: path for path in (tmp_path / "runs" / "default").iterdir()}
+    assert metrics(folders["seed=1_"])["step"].iloc[-1] == 3
+    assert before == {name: (folders[name] / "metrics.csv").stat() for name in finished}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, workers):
     same = (*LONGER, "tracking.sinks_every=5", f"trainer.num_workers={workers}")
