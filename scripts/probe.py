@@ -5,7 +5,8 @@
 
 What a run's folder has already is not made again: interrupted, the same command goes on, and on a
 run that is still training it takes what is there. Results are in RUN/probes, read them with
-``load_run(RUN).probes()``.
+``load_run(RUN).probes()``. Of a run that can't be probed one line tells why; the others go on, and
+the exit code is 2.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.files import write_atomically
 from kernels.errors import UserError, require
-from train.mistakes import exit_code
+from train.metrics import HORIZON
+from train.mistakes import MISTAKES, exit_code, tell
 from train.probes import PROBES
 from train.probes.of_runs import probe_run
 from train.runs import load_run
@@ -35,41 +38,73 @@ def main(arguments: list[str]) -> None:
     device = device_of(options.device)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     models = [target.removeprefix("hf=") for target in options.targets if is_model(target)]
-    runs = [load_run(target) for target in options.targets if not is_model(target)]
+    runs = [target for target in options.targets if not is_model(target)]
     require(bool(runs) != bool(models), "RUN", "must be runs or one hf=FOLDER", options.targets)
     if models:
         require(len(models) == 1, "hf", "must be one folder at a time", len(models))
+        for given, name in ((options.probes, "--probes"), (options.last or None, "--last")):
+            rule = "must be left out for hf=FOLDER: it has one table of one checkpoint"
+            require(given is None, name, rule, given)
         probe_model(models[0], options, device, console)
         return
     for given, name in ((options.texts, "--texts"), (options.out, "--out")):
-        require(given is None, name, "must be left out for runs: they have held-out text", given)
-    for run in runs:
-        start = time.monotonic()
-        steps = run.steps[-1:] if options.last else run.steps
-        made = with_bar(run, steps, options, device, console)
-        tables = len(steps) * len(options.probes)
-        seconds = time.monotonic() - start
-        console.print(f"{run.path}: {made} of {tables} tables made in {seconds:.0f} s")
+        rule = "must be left out for runs: they have held-out text"
+        require(given is None, name, rule, given and str(given))
+    probe_runs(runs, options, device, console)
+
+
+def probe_runs(targets: list[str], options, device: torch.device, console: Console) -> None:
+    """Probe each run; the others go on where one can't be probed.
+
+    Raises ``UserError`` at the end if there were such: of one run its own, else how many.
+    """
+    failed = 0
+    for target in targets:
+        try:
+            probe_one(target, options, device, console)
+        except MISTAKES as error:
+            if len(targets) == 1:
+                raise
+            failed += 1
+            told = UserError(f"{target}: {error}")
+            told.__cause__ = error.__cause__
+            tell(told)
+    if failed:
+        raise UserError(f"RUN must be runs that can be probed, {failed} of {len(targets)} can't")
+
+
+def probe_one(target: str, options, device: torch.device, console: Console) -> None:
+    """Probe a run's checkpoints and print how many tables were made."""
+    run = load_run(target)
+    start = time.monotonic()
+    steps = run.steps[-1:] if options.last else run.steps
+    probes = options.probes or list(PROBES)
+    made = with_bar(run, steps, probes, options, device, console)
+    tables = len(steps) * len(probes)
+    seconds = time.monotonic() - start
+    console.print(f"{run.path}: {made} of {tables} tables made in {seconds:.0f} s")
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    """The options; ``probes`` as a list of names."""
+    """The options; ``probes`` as a list of names, None for all."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.probe",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("targets", nargs="+", metavar="RUN | hf=FOLDER")
-    parser.add_argument("--probes", default=",".join(PROBES), help="default: all (%(default)s)")
+    parser.add_argument("--probes", help=f"default: all ({','.join(PROBES)})")
     parser.add_argument("--rows", type=int, default=100, help="prompts of each input (%(default)s)")
     parser.add_argument("--last", action="store_true", help="the last kept checkpoint only")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--cache-dir", type=Path, help="of the runs' text; default: their own")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="of text; default: the runs' own, hf: .cache"
+    )
     parser.add_argument("--texts", type=Path, help="hf: jsonl or parquet with a field text")
     parser.add_argument("--out", type=Path, help="hf: parquet or csv file for all figures")
     options = parser.parse_args(arguments)
-    options.probes = options.probes.split(",")
-    for name in options.probes:
+    options.probes = None if options.probes is None else options.probes.split(",")
+    for name in options.probes or ():
         require(name in PROBES, "--probes", f"must be among {', '.join(PROBES)}", name)
     require(options.rows >= 1, "--rows", "must be >= 1", options.rows)
     out = options.out
@@ -91,7 +126,9 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
-def with_bar(run, steps: list[int], options, device: torch.device, console: Console) -> int:
+def with_bar(
+    run, steps: list[int], probes: list[str], options, device: torch.device, console: Console
+) -> int:
     """``probe_run`` with a bar on a terminal; returns how many tables were made."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     hidden = not console.is_terminal
@@ -99,7 +136,7 @@ def with_bar(run, steps: list[int], options, device: torch.device, console: Cons
         task = progress.add_task(run.name)
         return probe_run(
             run,
-            options.probes,
+            probes,
             rows=options.rows,
             device=device,
             steps=steps,
@@ -110,24 +147,37 @@ def with_bar(run, steps: list[int], options, device: torch.device, console: Cons
 
 
 def probe_model(folder: str, options, device: torch.device, console: Console) -> None:
-    """Print the model's sinks by input, and write every figure to ``--out``."""
+    """Write every figure to ``--out``, then print the model's sinks by input."""
     # transformers is an optional extra, and slow to import.
     from train.probes.huggingface import huggingface_sinks
 
     cache_dir = options.cache_dir or Path(".cache")
     table = huggingface_sinks(folder, options.texts, device, options.rows, cache_dir=cache_dir)
+    if options.out is not None:
+        write_table(table, options.out)
     whole = table[(table["layer"] == -1) & table["name"].isin(SHOWN) & (table["position"] == 0)]
-    shown = whole.pivot(index="input", columns="name", values="value")[list(SHOWN)]
-    console.print(f"first key's attention over 64 tokens in {folder}, {options.rows} prompts each")
-    console.print(shown.round(4).to_string())
-    if options.out is None:
-        return
-    text = table.to_csv(index=False).encode() if options.out.suffix == ".csv" else None
+    if whole.empty:
+        console.print(
+            f"no figure of the first key in {folder}: no layer lets {HORIZON} queries see it"
+        )
+    else:
+        shown = whole.pivot(index=["input", "num_prompts"], columns="name", values="value")
+        # The number of prompts beside the figures, not below the name of the index.
+        shown = shown.reindex(columns=list(SHOWN)).reset_index("num_prompts")
+        shown = shown.rename(columns={"num_prompts": "prompts"}).rename_axis(columns=None)
+        console.print(f"first key's attention over {HORIZON} tokens in {folder}")
+        console.print(shown.round(4).to_string())
+    if options.out is not None:
+        console.print(f"every layer and head: {options.out}")
+
+
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """As csv or parquet, by the file's name."""
+    text = table.to_csv(index=False).encode() if out.suffix == ".csv" else None
     try:
-        write_atomically(options.out, text or table.to_parquet(index=False))
+        write_atomically(out, text or table.to_parquet(index=False))
     except OSError as error:
         raise UserError(f"--out can't be written: {error}") from error
-    console.print(f"every layer and head: {options.out}")
 
 
 if __name__ == "__main__":

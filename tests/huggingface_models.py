@@ -1,5 +1,7 @@
 """Small Hugging Face models of random weights, saved once, and what transformers makes of them."""
 
+import json
+
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -78,6 +80,15 @@ def byte_tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", add_bos_token=True
     )
+
+
+def write_texts(path):
+    """A jsonl file of 40 texts, every third one too short."""
+    lines = [
+        f"{n} it is a truth universally acknowledged, " * (3 if n % 3 else 1) for n in range(40)
+    ]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
 
 
 def random_tokens(rows=10):

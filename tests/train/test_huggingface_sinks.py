@@ -1,13 +1,12 @@
 """The table over open models: the papers' inputs, and figures by the released formula."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from kernels.errors import UserError
 from kernels.masks import IntervalMask
 from models.attention import SoftmaxAttention
 from models.batch import PackedBatch
@@ -16,23 +15,31 @@ from models.huggingface import export_huggingface
 from tests.huggingface_models import (
     CONFIGS,
     SINK_TOKENS,
+    SIZES,
     VOCAB_SIZE,
     byte_tokenizer,
     eager_maps,
     save_model,
+    write_texts,
 )
 from train.metrics import THRESHOLDS
 from train.module import summed_cross_entropy
 from train.probes.huggingface import (
-    huggingface_prompts,
+    HUGGINGFACE_COLUMNS,
     huggingface_sinks,
-    huggingface_texts,
     load_causal_lm,
     statistics_of,
 )
+from train.probes.huggingface_prompts import (
+    huggingface_prompts,
+    huggingface_texts,
+    prompts_sha256,
+)
+from train.probes.inputs import TokenClass
 from train.sink_table import threshold_name
 
 ROWS = 10
+BYTES = [byte_tokenizer().decode([index]) for index in range(256)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,13 +52,7 @@ def one_thread():
 
 @pytest.fixture
 def texts(tmp_path):
-    """A jsonl file of texts, every third one too short."""
-    path = tmp_path / "texts.jsonl"
-    lines = [
-        f"{n} it is a truth universally acknowledged, " * (3 if n % 3 else 1) for n in range(40)
-    ]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
+    return write_texts(tmp_path / "texts.jsonl")
 
 
 def released_alphas(maps_LBHTS):
@@ -74,6 +75,32 @@ def figures_of(table, name):
     return figures
 
 
+def class_of(index):
+    """Of a token of ``byte_tokenizer``: text without letters and digits is ASCII there."""
+    character = BYTES[index] if index < 256 else ""
+    is_delimiter = character.isascii() and not character.isalnum()
+    return {256: "bos", 257: "eos"}.get(index, "delimiter" if is_delimiter else "other")
+
+
+def check_best_keys(figures, alphas_BLHS, tokens_BT):
+    """Of each sample and head the largest alpha of the first half's keys."""
+    class_BT = [[class_of(index) for index in row] for row in tokens_BT.tolist()]
+    for layer, head in np.ndindex(*alphas_BLHS.shape[1:3]):
+        alpha_B, key_B = alphas_BLHS[:, layer, head, :32].max(-1)
+        place = (layer, head, -1)
+        assert figures["best_alpha", *place] == pytest.approx(alpha_B.mean().item(), abs=1e-5)
+        two_BS = alphas_BLHS[:, layer, head, :32].topk(2).values
+        if (two_BS[:, 0] - two_BS[:, 1] < 1e-5).any() or ((alpha_B - 0.3).abs() < 1e-5).any():
+            continue
+        is_first = (key_B == 0).float().mean().item()
+        assert figures["best_is_first", *place] == pytest.approx(is_first)
+        best_B = [row[key] for row, key in zip(class_BT, key_B.tolist(), strict=True)]
+        for kind in TokenClass:
+            over = [a > 0.3 and c == kind.name for a, c in zip(alpha_B, best_B, strict=True)]
+            rate = figures[f"best_rate_030_{kind.name}", *place]
+            assert rate == pytest.approx(sum(over) / len(over))
+
+
 def check_table_by_the_released_formula(table, name, tokens_BT, folder):
     """Every figure of one input against the formula on the same token ids."""
     figures = figures_of(table, name)
@@ -86,6 +113,7 @@ def check_table_by_the_released_formula(table, name, tokens_BT, folder):
             if ((alpha_B - eps).abs() > 1e-5).all():
                 rate = figures[f"rate_{threshold_name(eps)}", layer, head, key]
                 assert rate == pytest.approx((alpha_B > eps).float().mean().item())
+    check_best_keys(figures, alphas_BLHS, tokens_BT)
     whole = (-1, -1, 0)
     first_BLH = alphas_BLHS[..., 0]
     assert figures["mass", *whole] == pytest.approx(first_BLH.mean().item(), abs=1e-5)
@@ -105,8 +133,8 @@ def check_table_by_the_released_formula(table, name, tokens_BT, folder):
 def test_the_table_of_a_llama_equals_the_released_formula(texts, tmp_path):
     folder = save_model(tmp_path / "llama", CONFIGS["llama"], byte_tokenizer())
     table = huggingface_sinks(folder, texts, rows=ROWS, batch_rows=4, cache_dir=tmp_path)
-    assert list(table) == ["probe", "name", "input", "layer", "head", "position", "value"]
-    assert set(table["probe"]) == {"sinks"}
+    assert tuple(table) == HUGGINGFACE_COLUMNS
+    assert set(table["probe"]) == {"sinks", "norms"} and set(table["model"]) == {"llama"}
     model, tokenizer = load_causal_lm(folder)
     read = huggingface_texts(texts, tmp_path)
     prompts = huggingface_prompts(tokenizer, VOCAB_SIZE, read, ROWS)
@@ -115,11 +143,36 @@ def test_the_table_of_a_llama_equals_the_released_formula(texts, tmp_path):
         first_BLH = check_table_by_the_released_formula(table, name, prompts[name], folder)
         rates = {(first_BLH > eps).float().mean().item() for eps in THRESHOLDS}
         assert "text" not in name or len(rates) == 5, "no heads between the thresholds"
+        check_norms(figures_of(table, name), folder, prompts[name])
+    assert set(table["probe_set"]) == {prompts_sha256(prompts)}
+    assert set(table["num_prompts"]) == {ROWS}
+    of_bos = table.query("name == 'best_rate_030_bos'").groupby("input")["value"].max()
+    assert of_bos["bos_text"] > 0.5 and of_bos["text"] == 0
+    assert table.query("name == 'best_rate_030_other' and input == 'text'")["value"].max() > 0.5
     # Under rope a token over and over has the same state at every position (2410.10781, app. C).
     norm_LBT = statistics_of(model, prompts["repeated"]).hidden_norm_LBT
     torch.testing.assert_close(norm_LBT, norm_LBT[..., :1].expand_as(norm_LBT))
     again = huggingface_sinks(folder, texts, rows=ROWS, batch_rows=10, cache_dir=tmp_path)
     assert (again["value"] - table["value"]).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def check_norms(figures, folder, tokens_BT):
+    """Ratios from transformers' hidden states, and from what the value projections give."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    values = []
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda _, inputs, out: values.append(out))
+        layer.register_forward_hook(lambda _, inputs, out: hidden.append(out))
+    hidden = []
+    model(tokens_BT)
+    for layer, (hidden_BTC, v_BTX) in enumerate(zip(hidden, values, strict=True)):
+        norms = {("hidden_ratio", layer, -1, -1): hidden_BTC.norm(dim=-1)}
+        for head, v_BTD in enumerate(v_BTX.split(12, dim=-1)):
+            norms["value_ratio", layer, head, -1] = v_BTD.norm(dim=-1)
+        for place, norm_BT in norms.items():
+            ratio = torch.stack([row[0] / row[1:].mean() for row in norm_BT]).mean().item()
+            assert figures[place] == pytest.approx(ratio, rel=1e-4)
 
 
 def trained_decoder(steps=60):
@@ -166,7 +219,12 @@ def test_the_table_of_a_trained_and_exported_decoder(texts, tmp_path):
 def test_a_window_below_64_leaves_the_first_key_out_and_a_slot_has_its_own_names(tmp_path, caplog):
     mistral = huggingface_sinks(save_model(tmp_path / "mistral", CONFIGS["mistral"]), rows=2)
     assert set(mistral["input"]) == {"random", "repeated"} and "no tokenizer" in caplog.text
-    assert set(mistral["position"]) == set(range(1, 8)) and -1 not in set(mistral["layer"])
+    masses = mistral[mistral["name"] == "mass"]
+    assert set(masses["position"]) == set(range(1, 8)) and -1 not in set(mistral["layer"])
+    # Keys there are, but no classes without a tokenizer.
+    best = {name for name in mistral["name"] if name.startswith("best_")}
+    assert best == {"best_alpha", "best_is_first"}
+    assert set(mistral.query("name == 'best_is_first' and input == 'random'")["layer"]) == {0, 1, 2}
     oss = huggingface_sinks(save_model(tmp_path / "oss", CONFIGS["gpt_oss"]), rows=2)
     assert set(oss[(oss["name"] == "mass") & (oss["position"] == 0)]["layer"]) == {-1, 1}
     null = oss[(oss["name"] == "null_mass") & (oss["input"] == "random")]
@@ -174,36 +232,17 @@ def test_a_window_below_64_leaves_the_first_key_out_and_a_slot_has_its_own_names
     assert "of_keys_rate_030" in set(oss["name"])
 
 
-def test_prompts_are_the_papers_inputs(texts, tmp_path):
-    tokenizer = byte_tokenizer()
-    prompts = huggingface_prompts(tokenizer, 258, huggingface_texts(texts, tmp_path), 5)
-    assert {name: tuple(tokens.shape) for name, tokens in prompts.items()} == {
-        name: (5, 64) for name in ("text", "bos_text", "random", "repeated")
-    }
-    # Texts 0 and 3 are too short.
-    expected = ["1 it is a", "2 it is a", "4 it is a", "5 it is a", "7 it is a"]
-    assert [tokenizer.decode(ids)[:9] for ids in prompts["text"]] == expected
-    assert (prompts["bos_text"][:, 0] == 256).all()
-    assert torch.equal(prompts["bos_text"][:, 1:], prompts["text"][:, :-1])
-    assert (prompts["repeated"] == prompts["repeated"][:, :1]).all()
-    assert prompts["repeated"][:, 0].unique().numel() > 1
-    drawn = huggingface_prompts(tokenizer, 258, [texts.read_text()], 200)["random"]
-    assert drawn.unique().tolist() == list(range(256)), "all but the special tokens"
-    again = huggingface_prompts(tokenizer, 258, huggingface_texts(texts, tmp_path), 5)
-    assert all(torch.equal(again[name], tokens) for name, tokens in prompts.items())
-    other = huggingface_prompts(tokenizer, 258, huggingface_texts(texts, tmp_path), 5, seed=1)
-    assert not torch.equal(other["random"], prompts["random"])
-
-    tokenizer.bos_token = None
-    assert "bos_text" not in huggingface_prompts(tokenizer, 258, [texts.read_text()], 5)
-    with pytest.raises(UserError, match="texts must hold a text of at least 64 tokens, got 5"):
-        huggingface_prompts(tokenizer, 258, ["short"], 5)
-    with pytest.raises(UserError, match="ids are below the model's 50, in text, got"):
-        huggingface_prompts(tokenizer, 50, [texts.read_text()], 5)
+def test_fewer_texts_than_asked_are_told_and_counted(texts, tmp_path, caplog):
+    folder = save_model(tmp_path / "llama", CONFIGS["llama"], byte_tokenizer())
+    table = huggingface_sinks(folder, texts, rows=30, batch_rows=30, cache_dir=tmp_path)
+    counts = table.groupby("input")["num_prompts"].unique().map(list).to_dict()
+    # Of 40 texts every third one is too short.
+    assert counts == {"text": [26], "bos_text": [26], "random": [30], "repeated": [30]}
+    assert "26 prompts of text instead of 30: no more texts have 64 tokens" in caplog.text
 
 
-def test_the_default_texts_are_held_out_paragraphs(cache_dir):
-    texts = list(huggingface_texts(None, cache_dir))
-    assert len(texts) > 300
-    assert sum(len(text) > 64 * 5 for text in texts) > 100
-    assert not any("\n\n" in text for text in texts)
+def test_a_window_below_32_leaves_only_norms(tmp_path):
+    config = transformers.MistralConfig(**SIZES, sliding_window=16)
+    table = huggingface_sinks(save_model(tmp_path / "mistral", config), rows=2)
+    assert set(table["name"]) == {"hidden_ratio", "value_ratio"}
+    assert tuple(table) == HUGGINGFACE_COLUMNS

@@ -5,10 +5,13 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from data.evaluation import ProbeKind
 from kernels.errors import UserError
-from scripts.probe import main
+from scripts.probe import SHOWN, main
+from tests.huggingface_models import CONFIGS, save_model
+from train.mistakes import exit_code
 from train.probes import PROBES
 from train.probes.inputs import TokenClass, probe_inputs, probe_set_sha256, token_classes
 from train.probes.of_runs import probe_run
@@ -131,6 +134,9 @@ def test_the_probe_set(run):
         (["{run}", "--out", "x.csv"], "--out must be left out for runs"),
         (["hf=nowhere", "--out", "x.txt"], "--out must end in .parquet or .csv"),
         (["hf=nowhere"], "hf must be a folder with config.json"),
+        (["hf=nowhere", "--last"], "--last must be left out for hf=FOLDER"),
+        (["hf=nowhere", "--probes", "sinks"], "--probes must be left out for hf=FOLDER"),
+        (["hf=one", "hf=two"], "hf must be one folder at a time, got 2"),
         (["{run}", "--device", "tpu"], "--device must be one of auto, cpu, cuda"),
     ],
 )
@@ -138,6 +144,32 @@ def test_mistakes(run, arguments, message):
     with pytest.raises(UserError) as caught:
         main([argument.format(run=run.path) for argument in arguments])
     assert message in str(caught.value)
+
+
+def test_a_run_that_cannot_be_probed_does_not_end_the_others(run, train, tmp_path, capsys):
+    """Not its rows too short, its text gone, nor its folder no run's."""
+    short = tmp_path / "short"
+    assert train("packing.context=32", "trainer.max_steps=1", run_dir=short) == 0
+    lost = tmp_path / "lost"
+    shutil.copytree(run.path, lost)
+    settings = yaml.safe_load((lost / "config.yaml").read_text())
+    settings["corpus"] = {"kind": "files", "paths": [str(tmp_path / "gone.txt")]}
+    (lost / "config.yaml").write_text(yaml.safe_dump(settings))
+    bad = [short, lost, tmp_path / "nowhere"]
+    arguments = [*map(str, bad), str(run.path), "--rows", "3", "--last", "--probes", "losses"]
+    capsys.readouterr()
+    assert exit_code(main, arguments) == 2
+    out, err = capsys.readouterr()
+    assert f"{run.path}: 1 of 1 tables made" in out and set(run.probes()["step"]) == {8}
+    lines = err.splitlines()
+    assert len(lines) == 4, err
+    for line, path in zip(lines, bad, strict=False):
+        assert line.startswith(f"error: {path}: ")
+    assert "packing.context must be >= 64 to be probed, got 32" in lines[0]
+    assert "gone.txt" in lines[1] and "must be a run folder" in lines[2]
+    assert lines[3] == "error: RUN must be runs that can be probed, 3 of 4 can't"
+    assert exit_code(main, [str(short)]) == 2
+    assert capsys.readouterr().err == "error: packing.context must be >= 64 to be probed, got 32\n"
 
 
 def test_a_hugging_face_model(run, tmp_path, capsys):
@@ -149,6 +181,24 @@ def test_a_hugging_face_model(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     mass = table.query("name == 'mass' and layer == -1 and input == 'text'")["value"].item()
     assert f"{mass:.4f}".rstrip("0") in shown
+    assert set(table["model"]) == {"exported"} and set(table["probe"]) == {"sinks", "norms"}
+    assert len(set(table["probe_set"])) == 1
+    lines = shown.splitlines()
+    # The header, then a line an input with its number of prompts.
+    assert lines[1].split() == ["prompts", *SHOWN]
+    counts = {line.split()[0]: line.split()[1] for line in lines[3:7]}
+    assert counts == dict.fromkeys(("bos_text", "random", "repeated", "text"), "3")
+
+
+def test_a_hugging_face_model_whose_windows_hide_the_first_key(tmp_path, capsys):
+    folder = save_model(tmp_path / "mistral", CONFIGS["mistral"])
+    out = tmp_path / "sinks.parquet"
+    assert exit_code(main, [f"hf={folder}", "--rows", "2", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    expected = f"no figure of the first key in {folder}: no layer lets 64 queries see it"
+    assert shown.splitlines() == [expected, f"every layer and head: {out}"]
+    table = pd.read_parquet(out)
+    assert set(table.query("name == 'mass'")["position"]) == set(range(1, 8))
 
 
 def test_probes_at_validations_are_metrics(train, tmp_path):

@@ -2,7 +2,7 @@
 
 The model runs through our attention (``train.probes.huggingface_attention``), so its statistics are
 those of our own models, and ``huggingface_sinks`` makes of them the figures of arXiv 2410.10781,
-table 1: 64-token prompts of text, of random tokens and of one token over and over.
+table 1, on the prompts of ``train.probes.huggingface_prompts``.
 
 A model runs in the precision of its weights. Where those are bf16, the released code of 2410.10781
 rounds the attention to bf16 as well; ours is summed in fp32.
@@ -10,32 +10,37 @@ rounds the attention to bf16 as well; ours is summed in fp32.
 A layer that our attention can't compute exactly (a soft cap, dropout, a bias, an argument we don't
 know) is refused by its name, as are models that attend outside the interface.
 
-Axes: L layers, B rows, T queries, G key/value heads, V vocabulary.
+Axes: L layers, B rows, T queries, H query heads, G key/value heads, V vocabulary, X samples.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from data.corpora.austen import AustenConfig, AustenCorpus, AustenUnit
-from data.corpora.reading import read_file
-from data.documents import Split
 from kernels.attention import Statistics
 from kernels.errors import UserError, require
 from kernels.masks import DenseMask, IntervalMask
 from train.metrics import HORIZON, SinkTotals
+from train.probes.base import Finding
+from train.probes.best_keys import best_keys
 from train.probes.huggingface_attention import (
     ATTENTION_NAME,
     recording,
     transformers_with_our_attention,
+)
+from train.probes.huggingface_prompts import (
+    huggingface_prompts,
+    huggingface_texts,
+    huggingface_token_classes,
+    prompts_sha256,
 )
 from train.sink_table import sink_values
 
@@ -46,6 +51,12 @@ LEADING_KEYS = 8
 
 MIN_QUERIES = 32
 """How many queries must see a key after the first for it to count: half of a prompt."""
+
+HUGGINGFACE_COLUMNS = (
+    *("model", "probe", "name", "input", "layer", "head", "position", "value"),
+    *("probe_set", "num_prompts"),
+)
+"""Columns of ``huggingface_sinks``."""
 
 _BY_INTERFACE = "must be a model that attends through transformers' attention interface"
 
@@ -166,71 +177,6 @@ def statistics_of(model: Any, tokens_BT: Tensor) -> CausalLMRecord:
     )
 
 
-def huggingface_texts(path: Path | str | None, cache_dir: Path) -> Iterator[str]:
-    """The texts of a jsonl or parquet file with a field ``text``; None: held-out Austen paragraphs.
-
-    Raises ``UserError`` if the file can't be read.
-    """
-    if path is not None:
-        rule = "texts must be a file of texts that can be read"
-        yield from read_file(Path(path).expanduser(), "text", cache_dir, rule=rule)
-        return
-    for document in AustenCorpus(AustenConfig(unit=AustenUnit.paragraphs), cache_dir).documents():
-        if document.split is Split.validation:
-            yield document.text
-
-
-def huggingface_prompts(
-    tokenizer: Any | None, vocab_size: int, texts: Iterable[str], rows: int = 100, seed: int = 0
-) -> dict[str, Tensor]:
-    """The inputs of arXiv 2410.10781's table over open models, int64 [B, 64] on the CPU.
-
-    text: the first 64 tokens of each text, special ones left out; the first ``rows`` texts that
-        have so many.
-    bos_text: the BOS and the first 63 of the same texts; only for a tokenizer with a BOS.
-    random: tokens drawn alike from the vocabulary without special tokens, ``rows`` prompts.
-    repeated: one such token 64 times, another one in each prompt.
-
-    tokenizer: None leaves out the inputs of text. vocab_size: of the model, whose embedding may
-    have rows that no token of the tokenizer uses.
-
-    Raises ``UserError`` if no text has 64 tokens, or the model lacks a token of the prompts.
-    """
-    require(rows >= 1, "rows", "must be >= 1", rows)
-    prompts = {}
-    drawn = np.arange(vocab_size)
-    if tokenizer is not None:
-        text_BT = _text_tokens(tokenizer, texts, rows)
-        prompts["text"] = text_BT
-        if tokenizer.bos_token_id is not None:
-            bos_B1 = torch.full((len(text_BT), 1), tokenizer.bos_token_id)
-            prompts["bos_text"] = torch.cat([bos_B1, text_BT[:, :-1]], dim=1)
-        for name, tokens_BT in prompts.items():
-            largest = int(tokens_BT.max())
-            rule = f"must be of a tokenizer whose ids are below the model's {vocab_size}, in {name}"
-            require(largest < vocab_size, "hf", rule, largest)
-        drawn = np.setdiff1d(drawn[: len(tokenizer)], tokenizer.all_special_ids)
-    generator = np.random.default_rng(seed)
-    prompts["random"] = torch.from_numpy(generator.choice(drawn, (rows, HORIZON)))
-    repeated_B1 = torch.from_numpy(generator.choice(drawn, (rows, 1)))
-    prompts["repeated"] = repeated_B1.repeat(1, HORIZON)
-    return prompts
-
-
-def _text_tokens(tokenizer: Any, texts: Iterable[str], rows: int) -> Tensor:
-    found = []
-    longest = 0
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        longest = max(longest, len(ids))
-        if len(ids) >= HORIZON:
-            found.append(ids[:HORIZON])
-        if len(found) == rows:
-            break
-    require(bool(found), "texts", f"must hold a text of at least {HORIZON} tokens", longest)
-    return torch.tensor(found)
-
-
 def huggingface_sinks(
     folder: Path | str,
     texts: Path | str | None = None,
@@ -241,10 +187,17 @@ def huggingface_sinks(
     seed: int = 0,
     cache_dir: Path | str = ".cache",
 ) -> pd.DataFrame:
-    """Sinks of a Hugging Face causal LM on every input of ``huggingface_prompts``.
+    """Sinks and norms of a Hugging Face causal LM on every input of ``huggingface_prompts``.
 
-    Returns columns probe ("sinks"), name, input, layer, head, position, value; the names are those
-    of ``sink_values``. Keys 1 to 7 count where at least 32 of the 64 queries see them.
+    Returns ``HUGGINGFACE_COLUMNS``: model is the folder's name, probe_set ``prompts_sha256`` of all
+    inputs, num_prompts how many this input has; layer, head and position are -1 where a value is
+    not of one. By probe, the names are
+
+        sinks   those of ``sink_values``, keys 1 to 7 where at least 32 of the 64 queries see them,
+                and of ``best_keys`` (means over prompts), without classes if there is no tokenizer
+        norms   hidden_ratio, ||h_0|| / mean_{t > 0} ||h_t|| of the residual stream after each
+                block, where blocks can be told; value_ratio, the same of each key head's values
+                (arXiv 2410.10781); means over prompts
 
     texts: see ``huggingface_texts``. batch_rows: prompts in a forward pass.
 
@@ -252,26 +205,59 @@ def huggingface_sinks(
     """
     require(batch_rows >= 1, "batch_rows", "must be >= 1", batch_rows)
     model, tokenizer = load_causal_lm(folder, device)
-    if tokenizer is None:
-        log.warning("%s has no tokenizer: only random and repeated tokens are measured", folder)
     config = model.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None) or HORIZON
     require(limit >= HORIZON, "hf", f"must be a model of at least {HORIZON} positions", limit)
     prompts = huggingface_prompts(
         tokenizer, config.vocab_size, huggingface_texts(texts, Path(cache_dir)), rows, seed
     )
+    class_V = None
+    if tokenizer is None:
+        log.warning("%s has no tokenizer: only random and repeated tokens are measured", folder)
+    else:
+        class_V = huggingface_token_classes(tokenizer, config.vocab_size).to(device)
     tables = []
     for name, tokens_BT in prompts.items():
-        totals = SinkTotals(config.num_hidden_layers)
-        for part_BT in tokens_BT.to(device).split(batch_rows):
-            record = statistics_of(model, part_BT)
-            begins_BT = torch.zeros_like(part_BT, dtype=torch.bool)
-            begins_BT[:, 0] = True
-            totals.add(
-                record.statistics, record.masks, begins_BT, LEADING_KEYS, min_queries=MIN_QUERIES
-            )
-        table = sink_values(totals.reduce(lambda sums: sums))
-        table.insert(0, "probe", "sinks")
-        table.insert(2, "input", name)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+        batches = tokens_BT.to(device).split(batch_rows)
+        table = _of_input(model, batches, class_V, name)
+        tables.append(table.assign(num_prompts=len(tokens_BT)))
+    # By the path as it was given: a link's name says more than that of what it points to.
+    told = {"model": Path(os.path.abspath(Path(folder).expanduser())).name}
+    whole = pd.concat(tables, ignore_index=True).assign(**told, probe_set=prompts_sha256(prompts))
+    return whole[list(HUGGINGFACE_COLUMNS)]
+
+
+def _of_input(
+    model: Any, batches: Iterable[Tensor], class_V: Tensor | None, name: str
+) -> pd.DataFrame:
+    """Figures of one input: probe and the fields of ``Finding``."""
+    totals = SinkTotals(model.config.get_text_config(decoder=True).num_hidden_layers)
+    # By probe, name and layer, a value a sample and head.
+    samples: dict[tuple[str, str, int], list[Tensor]] = {}
+    for tokens_BT in batches:
+        record = statistics_of(model, tokens_BT)
+        begins_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        begins_BT[:, 0] = True
+        totals.add(
+            record.statistics, record.masks, begins_BT, LEADING_KEYS, min_queries=MIN_QUERIES
+        )
+        for layer, what, value_XH in best_keys(record.statistics, record.masks, class_V, tokens_BT):
+            samples.setdefault(("sinks", what, layer), []).append(value_XH)
+        for layer, what, value_BX in _norm_ratios(record):
+            samples.setdefault(("norms", what, layer), []).append(value_BX)
+    sinks = sink_values(totals.reduce(lambda sums: sums)).assign(probe="sinks", input=name)
+    rows = []
+    for (probe, what, layer), parts in samples.items():
+        means = torch.cat(parts).double().mean(0)
+        # A number for each head, or one of the layer.
+        heads = enumerate(means.tolist()) if means.ndim else [(-1, means.item())]
+        rows += [(probe, *Finding(what, name, value, layer, head)) for head, value in heads]
+    return pd.concat([sinks, pd.DataFrame(rows, columns=["probe", *Finding._fields])])
+
+
+def _norm_ratios(record: CausalLMRecord) -> Iterator[tuple[int, str, Tensor]]:
+    """(layer, name, ratio_B or ratio_BG)."""
+    hidden = record.hidden_norm_LBT
+    for what, norms in (("hidden_ratio", hidden), ("value_ratio", record.value_norms)):
+        for layer, norm_BTX in enumerate(() if norms is None else norms):
+            yield layer, what, norm_BTX[:, 0] / norm_BTX[:, 1:].mean(1)
