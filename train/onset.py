@@ -5,17 +5,22 @@ layer and head, at every record (``train.sink_table``). Two definitions:
 
     head   the first record from which on alpha is above 0.3 in at least half of the samples, at
            this and every later record
-    run    the first record from which on the excess mass, mean over heads of alpha - baseline,
-           stays at or above half of its final value (the mean over the last tenth of the records);
-           only if more than two heads have an onset, else the run is *censored* at its last record
+    run    the first record from which on both hold: the excess mass, mean over heads of
+           alpha - baseline, stays at or above half of its final value (the mean over the last tenth
+           of the records), and more than two heads are past their onset; a run in which they never
+           do is *censored* at its last record
 
-So a curve that rises and falls back has no onset in its first rise. Censored runs are kept: they
-say "later than the end". Two errors come with an onset. It lies somewhere after the record before
-it: the *spacing*. And a run's heads are few: the *interval* holds 95 % of the onsets of runs whose
-heads are drawn from the run's with replacement, censored draws at its open end.
+Half of the final mass is taken of the excess: half of alpha itself would lie below the baseline
+where sinks are weak. A curve that rises and falls back has no onset in its first rise. Censored
+runs are kept: they say "later than the end". Two errors come with an onset. It lies somewhere after
+the record before it: the *spacing*. And a run's heads are few: the *interval* holds 95 % of the
+onsets of runs whose heads are drawn from the run's with replacement, censored draws at its open
+end. A head counts in a draw's mass as often as it was drawn, but it is one head past its onset, not
+three: a run with few sink heads has many censored draws.
 
 Moments are given in steps, in tokens, and as the sum of the learning rates of all steps so far,
-which is what decides at small rates (arXiv 2410.10781, table 9: fewer steps at a higher rate).
+which is what decides at small rates (arXiv 2410.10781, table 9: fewer steps at a higher rate). The
+sum is exact with ``scheduled_rates``; rows of metrics.csv don't tell what lay between them.
 
 Axes: S records, N heads of all layers, D bootstrap draws.
 """
@@ -27,6 +32,7 @@ import numpy as np
 import pandas as pd
 
 from kernels.errors import require
+from train.config import RunConfig
 from train.metrics import THRESHOLDS
 from train.sink_table import threshold_name
 
@@ -43,7 +49,7 @@ MASS_SHARE = 0.5
 """Share of the final mass at which a run has its onset."""
 
 MIN_HEADS = 3
-"""Heads with an onset that a run must have: more than two."""
+"""Different heads that must be past their onset: more than two."""
 
 DRAWS = 200
 """Bootstrap draws of the heads."""
@@ -107,8 +113,9 @@ class RunOnset:
 def head_onsets(sinks: pd.DataFrame, metrics: pd.DataFrame) -> list[HeadOnset]:
     """The onset of every (layer, head), in this order.
 
-    sinks: ``Run.sinks()``. metrics: ``Run.metrics()``, for the learning rates. Raises ``UserError``
-    if sinks has no record of the first key.
+    sinks: ``Run.sinks()``. metrics: ``scheduled_rates`` of its config, or, if that isn't known,
+    ``Run.metrics()``; see ``cumulative_lr``. Raises ``UserError`` if sinks has no record of the
+    first key.
     """
     curves = _Curves(sinks, metrics)
     return [
@@ -127,13 +134,13 @@ def run_onset(
     """
     curves = _Curves(sinks, metrics)
     heads = len(curves.heads)
-    has_onset_N = curves.first_above_N() >= 0
+    onset_N = curves.first_above_N()
     whole_1N = np.ones((1, heads), dtype=int)
-    (first,), (final,) = curves.run_firsts(whole_1N, has_onset_N)
+    (first,), (final,) = curves.run_firsts(whole_1N, onset_N)
     onset, spacing = curves.moment_and_spacing(first)
     generator = np.random.default_rng(seed)
     times_DN = generator.multinomial(heads, np.full(heads, 1 / heads), size=draws)
-    firsts_D, _ = curves.run_firsts(times_DN, has_onset_N)
+    firsts_D, _ = curves.run_firsts(times_DN, onset_N)
     # A censored draw has its onset after the last record, so it sorts last.
     records = len(curves.moments)
     sorted_D = np.where(firsts_D < 0, records, firsts_D)
@@ -146,19 +153,33 @@ def run_onset(
         high=beyond[high] if onset else None,
         censored_at=None if onset else curves.moments[-1],
         censored_draws=float((firsts_D < 0).mean()),
-        sink_heads=int(has_onset_N.sum()),
+        sink_heads=int((onset_N >= 0).sum()),
         heads=heads,
         final_excess=float(final),
         alpha_kind=curves.alpha_kind,
     )
 
 
+def scheduled_rates(config: RunConfig, last: int) -> pd.DataFrame:
+    """The learning rate of every step from 1 to ``last`` as the run's schedule gives it.
+
+    Columns ``step`` and ``train/lr``: the peak ``optimizer.lr`` times the schedule's factor. Step n
+    of metrics.csv is the schedule's update n - 1.
+    """
+    total_steps = config.schedule.total_steps or config.trainer.max_steps
+    steps = np.arange(1, last + 1)
+    factors = [config.schedule.factor(step - 1, total_steps) for step in steps.tolist()]
+    return pd.DataFrame({"step": steps, "train/lr": config.optimizer.lr * np.array(factors)})
+
+
 def cumulative_lr(metrics: pd.DataFrame, steps: np.ndarray) -> np.ndarray:
     """The sum of the learning rates of steps 1 to s, for each s of ``steps``, float64.
 
-    Rates between two rows of metrics.csv are taken on the line between them, those before the first
-    on the line through the first two (a warm-up begins there), those after the last as the last:
-    exact but for the rows around a bend. nan if there is no ``train/lr``.
+    metrics: columns ``step`` and ``train/lr``. Exact if it has a row for every step, as
+    ``scheduled_rates`` has. Else rates between two rows are taken on the line between them, those
+    before the first on the line through the first two, those after the last as the last: wrong
+    where the schedule bends between rows, so by up to half a warm-up that ends at the first. nan
+    if there is no ``train/lr``.
     """
     known = pd.DataFrame({"step": metrics["step"], "lr": metrics.get("train/lr", np.nan)}).dropna()
     known = known[known["step"] >= 1].drop_duplicates("step", keep="last").sort_values("step")
@@ -214,10 +235,10 @@ class _Curves:
         return first_that_stays(self.share_SN >= HEAD_SHARE, np.isfinite(self.share_SN))
 
     def run_firsts(
-        self, times_DN: np.ndarray, has_onset_N: np.ndarray
+        self, times_DN: np.ndarray, onset_N: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """[D] index of the onset (-1 for none) and final excess of a run with each head as many
-        times as ``times_DN`` says."""
+        times as ``times_DN`` says; onset_N: of ``first_above_N``."""
         there_SN = np.isfinite(self.excess_SN)
         heads_SD = there_SN.astype(float) @ times_DN.T
         sums_SD = np.where(there_SN, self.excess_SN, 0.0) @ times_DN.T
@@ -229,9 +250,11 @@ class _Curves:
         # Sums of many heads in two orders differ in their last digits: a tie must stay one.
         slack_D = 1e-12 * np.abs(final_D)
         holds_SD = excess_SD >= MASS_SHARE * final_D - slack_D
-        firsts_D = first_that_stays(holds_SD, known_SD)
-        enough_D = (times_DN @ has_onset_N >= MIN_HEADS) & (final_D > 0)
-        return np.where(enough_D, firsts_D, -1), final_D
+        half_D = first_that_stays(holds_SD, known_SD)
+        enough_D = _when_enough(times_DN > 0, onset_N)
+        # Heads stay past their onset, so both hold from the later of the two on.
+        has_onset_D = (half_D >= 0) & (enough_D >= 0) & (final_D > 0)
+        return np.where(has_onset_D, np.maximum(half_D, enough_D), -1), final_D
 
     def moment_and_spacing(self, first: int) -> tuple[Moment | None, Moment | None]:
         """A record's moment and its distance to the one before (step 0 before the first)."""
@@ -239,3 +262,14 @@ class _Curves:
             return None, None
         before = self.moments[first - 1] if first > 0 else Moment(0, 0, 0.0)
         return self.moments[first], self.moments[first] - before
+
+
+def _when_enough(drawn_DN: np.ndarray, onset_N: np.ndarray) -> np.ndarray:
+    """[D] index of the record at which ``MIN_HEADS`` of the heads drawn are past their onsets, -1
+    if there are never so many."""
+    never = np.iinfo(onset_N.dtype).max
+    onset_DN = np.where(drawn_DN & (onset_N >= 0), onset_N, never)
+    # A model of two heads has no third.
+    padded_DN = np.pad(onset_DN, ((0, 0), (0, MIN_HEADS)), constant_values=never)
+    enough_D = np.sort(padded_DN, axis=1)[:, MIN_HEADS - 1]
+    return np.where(enough_D == never, -1, enough_D)

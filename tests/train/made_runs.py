@@ -73,7 +73,6 @@ def _metrics(table: pd.DataFrame, layers: int, seed: int) -> pd.DataFrame:
             "sink/mass": by_step["alpha"].mean(),
             "sink/baseline": by_step["baseline"].mean(),
             "sink/rate_030": by_step["over_030"].sum() / by_step["count"].sum(),
-            "train/lr": 0.01,
         }
     ).reset_index()
     metrics["sink/excess"] = metrics["sink/mass"] - metrics["sink/baseline"]

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from kernels.errors import UserError
-from train.onset import Moment, cumulative_lr, head_onsets, run_onset
+from train.config import compose
+from train.onset import Moment, cumulative_lr, head_onsets, run_onset, scheduled_rates
 from train.schedules import ConstantSchedule
 
 TOKENS = 1000
@@ -50,13 +51,13 @@ STEPS = [10, 20, 30, 40, 50, 60, 70, 80, 90, 100]
 
 
 def test_a_step_is_found_in_every_unit():
-    alpha = same([0.1, 0.1, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6])
+    alpha = same([0.1, 0.1, 0.1, 0.1, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6], heads=12)
     onset = run_onset(curve(STEPS, alpha), constant_lr(100))
     assert onset.onset == Moment(50, 50_000, 25.0)
     assert onset.spacing == Moment(10, 10_000, 5.0)
     assert (onset.low, onset.high) == (onset.onset, onset.onset), "equal heads leave no doubt"
     assert onset.censored_at is None and onset.censored_draws == 0
-    assert (onset.sink_heads, onset.heads, onset.alpha_kind) == (4, 4, "probability")
+    assert (onset.sink_heads, onset.heads, onset.alpha_kind) == (12, 12, "probability")
     assert onset.final_excess == pytest.approx(0.5)
 
 
@@ -73,7 +74,7 @@ def test_the_final_mass_is_the_last_tenth():
     # 20 records: the last two average 0.4 excess, half of which is reached at 0.3, record 10.
     values = [0.1] * 9 + [0.29, 0.3, 0.31] + [0.4] * 6 + [0.3, 0.7]
     steps = range(5, 105, 5)
-    share = same([0.0] * 12 + [1.0] * 8)
+    share = same([0.0] * 9 + [1.0] * 11)
     assert run_onset(curve(steps, same(values), share), constant_lr(100)).onset.step == 55
 
 
@@ -86,6 +87,38 @@ def test_two_heads_are_not_enough():
     assert onset.sink_heads == 2 and onset.final_excess == pytest.approx(0.25)
     alpha[:, 2] = 0.6
     assert run_onset(curve(STEPS, alpha), constant_lr(100)).onset is not None
+
+
+def test_half_of_the_mass_is_not_enough_before_three_heads_are_sinks():
+    # Half of the final excess is there at step 20, but no head is above 0.3 before step 90.
+    alpha = same([0.1] + [0.29] * 7 + [0.31] * 2, heads=12)
+    onset = run_onset(curve(STEPS, alpha), constant_lr(100))
+    assert onset.onset == onset.low == onset.high == Moment(90, 90_000, 45.0)
+    assert onset.spacing.step == 10 and onset.censored_draws == 0
+
+
+def test_one_strong_head_is_not_a_run():
+    alpha = np.full((10, 4), BASELINE)
+    alpha[1:, 0] = 0.95
+    alpha[8:, 1:3] = 0.35
+    onset = run_onset(curve(STEPS, alpha), constant_lr(100))
+    assert onset.onset.step == 90 and onset.sink_heads == 3
+    # The third head decides, not the last.
+    alpha[9, 3] = 0.35
+    assert run_onset(curve(STEPS, alpha), constant_lr(100)).onset.step == 90
+
+
+def test_three_heads_are_not_enough_before_half_of_the_mass():
+    alpha = np.full((10, 12), BASELINE)
+    alpha[1:, :3] = 0.4
+    alpha[6:] = 0.9
+    onset = run_onset(curve(STEPS, alpha), constant_lr(100))
+    assert onset.onset.step == 70 and onset.sink_heads == 12
+
+
+def test_a_model_of_two_heads_is_censored():
+    onset = run_onset(curve(STEPS, same([0.1] * 5 + [0.6] * 5, heads=2)), constant_lr(100))
+    assert onset.censored_at.step == 100 and (onset.sink_heads, onset.censored_draws) == (2, 1)
 
 
 def test_a_curve_that_falls_back_has_no_onset_and_one_that_comes_again_the_second():
@@ -132,12 +165,13 @@ def test_the_interval_holds_what_other_heads_would_have_given():
 
 
 def test_an_interval_of_which_some_draws_are_censored_is_open():
-    # Three of twelve heads sink; a draw often has fewer.
+    # Three of twelve heads sink; a draw seldom has all of them, and one three times isn't three.
     alpha = np.full((10, 12), BASELINE)
     alpha[4:, :3] = 0.9
     onset = run_onset(curve(STEPS, alpha), constant_lr(100))
-    # P(Binomial(12, 1/4) < 3) = 0.39; the standard error of 200 draws is 0.034.
-    assert 0.28 < onset.censored_draws < 0.50
+    # P(one of three isn't among 12 draws of 12) = 3 (11/12)^12 - 3 (10/12)^12 + (9/12)^12 = 0.75;
+    # the standard error of 200 draws is 0.031.
+    assert 0.65 < onset.censored_draws < 0.85
     assert onset.onset.step == onset.low.step == 50 and onset.high is None
 
 
@@ -158,3 +192,13 @@ def test_rates_add_up_as_the_schedule_gave_them():
     steps = np.array([0, 3, 20, 57, 100])
     expected = [true[:step].sum() for step in steps]
     np.testing.assert_allclose(cumulative_lr(metrics, steps), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_stable_decay"])
+def test_scheduled_rates_add_up_exactly(schedule):
+    overrides = [f"schedule={schedule}", "schedule.warmup_steps=10", "trainer.max_steps=40"]
+    config, _ = compose(["debug=cpu", "optimizer.lr=1.0", *overrides])
+    rates = scheduled_rates(config, 30)
+    np.testing.assert_allclose(cumulative_lr(rates, np.array([0, 1, 10])), [0, 0.1, 5.5])
+    after = sum(config.schedule.factor(step, 40) for step in range(10, 30))
+    assert cumulative_lr(rates, np.array([30]))[0] == pytest.approx(5.5 + after)

@@ -14,6 +14,7 @@ from scripts.report import command
 from tests.train.made_runs import BASELINE, add_probes, json_block, made_run
 from train.report.gather import gather, log_spaced, mean_and_range, thinned
 from train.report.record import draw_record
+from train.runs import load_run
 
 STEPS = sorted({*np.geomspace(1, 3000, 40).astype(int).tolist()})
 
@@ -128,11 +129,16 @@ def test_the_arms_table_says_what_came_out(page):
     assert row_of(page, 0, "packing.bos=pinned, attention=sigmoid")[0].endswith("(proxy)")
 
 
-def test_onsets_settings_and_provenance_have_their_tables(page):
+def test_onsets_settings_and_provenance_have_their_tables(page, runs):
     onset = row_of(page, 1, "pinned_1")
     step, before = STEPS[25], STEPS[24]
     assert onset[2] == f"{step:,} −{step - before:,}"
-    assert onset[5] == f"{0.01 * step:.3g} −{0.01 * (step - before):.2g}"
+    # From the settings, through the warm-up: metrics.csv has no rates here.
+    config = load_run(runs["pinned_1"]).config
+    factors = [config.schedule.factor(n, config.trainer.max_steps) for n in range(step)]
+    assert config.schedule.warmup_steps > 1 and factors[0] < 1
+    lr = config.optimizer.lr
+    assert onset[5] == f"{lr * sum(factors):.3g} −{lr * sum(factors[before:]):.2g}"
     assert row_of(page, 1, "plain")[3] == "censored"
     assert row_of(page, 2, "sigmoid") == ["sigmoid", "pinned", "sigmoid", "0", "0"]
     provenance = row_of(page, 3, "pinned")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from data.packing import BosKind
 from kernels.errors import require
-from train.onset import HEAD_ALPHA, RunOnset, run_onset
+from train.onset import HEAD_ALPHA, RunOnset, run_onset, scheduled_rates
 from train.plotting import ARM_COLOURS
 from train.runs import Run, arm_label, load_run
 
@@ -210,7 +210,7 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
                 arm=arms[labels[run.path]],
                 metrics=metrics,
                 first=first,
-                onset=run_onset(first, metrics) if len(first) else None,
+                onset=_onset(run, first),
                 probe_sets=tuple(sorted(map(str, probes["probe_set"].dropna().unique()))),
             )
         )
@@ -218,6 +218,12 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
         Arm(index, label, tuple(run for run in runs if run.arm == index))
         for label, index in arms.items()
     ]
+
+
+def _onset(run: Run, first: pd.DataFrame) -> RunOnset | None:
+    if first.empty:
+        return None
+    return run_onset(first, scheduled_rates(run.config, int(first["step"].max())))
 
 
 def proxy_mark(arms: Sequence[Arm]) -> str:

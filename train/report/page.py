@@ -41,8 +41,9 @@ NOTES = {
     "heads > 0.3": "heads whose mean alpha in the last record is above 0.3, of all heads, by seed",
     "rate": "share of (row, layer, head) with alpha above 0.3: threshold, then average",
     "onset": "first record from which on the excess mass stays at or above half of its final "
-    "value, if more than two heads are sinks to stay; minus the distance to the record before; in "
-    "brackets 95 % of draws of other heads; censored runs have none up to the step after >",
+    "value and more than two heads stay above 0.3 in at least half of the samples; minus the "
+    "distance to the record before; in brackets 95 % of draws of other heads; censored runs have "
+    "none up to the step after >",
     "canonical loss": "held-out text, the same labels in every run with the same corpus, tokenizer "
     "and context",
     "loss of removing BOS": "loss on 64-token prompts of text minus that on BOS and the first 63, "
