@@ -66,7 +66,8 @@ def probe_runs(targets: list[str], options, device: torch.device, console: Conso
             if len(targets) == 1:
                 raise
             failed += 1
-            told = UserError(f"{target}: {error}")
+            # Some errors name the run, those of its settings and text don't.
+            told = UserError(str(error) if target in str(error) else f"{target}: {error}")
             told.__cause__ = error.__cause__
             tell(told)
     if failed:
