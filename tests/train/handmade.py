@@ -90,12 +90,13 @@ def mixing_decoder(strength: float) -> Decoder:
     return decoder
 
 
-def planted_sink(writer: int = 0) -> Decoder:
+def planted_sink(writer: int = 0, least: float = 0.75) -> Decoder:
     """What sees itself alone in block ``writer`` gets a marker, and later heads rest on markers.
 
     The stream has a token's one-hot id, a 1, the mean of the one-hot ids that block ``writer`` saw,
-    and the marker: ``MARKER`` where the mean is of one token, else 0. Heads before attend
-    uniformly, those after score a marker 20.
+    and the marker: ``MARKER`` where the mean is of one token, and where it is of n it is MARKER n
+    (1 / n - least) / (1 - least) or 0: with ``least`` = 0.4 position 1 has a third of it. Heads
+    before attend uniformly, those after score the full marker 20.
     """
     one, seen, marker = LENGTH, LENGTH + 1, 2 * LENGTH + 1
     decoder = blank_decoder(d_model=2 * LENGTH + 2)
@@ -106,12 +107,12 @@ def planted_sink(writer: int = 0) -> Decoder:
     writing = decoder.blocks[writer]
     set_weight(writing.attention.value, torch.eye(LENGTH, 2 * LENGTH + 2))
     set_weight(writing.attention.output, torch.eye(2 * LENGTH + 2, LENGTH).roll(seen, 0))
-    # relu(share of id j among those seen - 3/4): 1/4 for the only one seen.
+    # relu(share of id j among those seen - least): 1 - least for the only one seen.
     above_FC = torch.eye(LENGTH, 2 * LENGTH + 2).roll(seen, 1)
-    above_FC[:, one] = -0.75
+    above_FC[:, one] = -least
     set_weight(writing.feed_forward.up, above_FC)
     to_marker_CF = torch.zeros(2 * LENGTH + 2, LENGTH)
-    to_marker_CF[marker] = 4 * MARKER
+    to_marker_CF[marker] = MARKER / (1 - least)
     set_weight(writing.feed_forward.output, to_marker_CF)
 
     query_DC, key_DC = torch.zeros(2, LENGTH, 2 * LENGTH + 2)

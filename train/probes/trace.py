@@ -95,11 +95,19 @@ def everywhere(decoder: Decoder, **fields: object) -> dict[int, LayerOverride]:
     return {layer: LayerOverride(**fields) for layer in range(len(decoder.blocks))}
 
 
-def hide_first(mask: DenseMask) -> DenseMask:
-    """Key 0 hidden from every later query; it is still there and sees itself."""
-    visible_BTS = mask.visible_BTS.clone()
-    visible_BTS[:, 1:, 0] = False
-    return dataclasses.replace(mask, visible_BTS=visible_BTS)
+def hide_key(position: int) -> MaskChange:
+    """The key at ``position`` hidden from every later query; it is still there and sees itself."""
+
+    def change(mask: DenseMask) -> DenseMask:
+        visible_BTS = mask.visible_BTS.clone()
+        visible_BTS[:, position + 1 :, position] = False
+        return dataclasses.replace(mask, visible_BTS=visible_BTS)
+
+    return change
+
+
+hide_first: MaskChange = hide_key(0)
+"""Key 0 hidden from every later query."""
 
 
 def see_itself_alone(position: int) -> MaskChange:
