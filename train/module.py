@@ -58,6 +58,8 @@ class PretrainModule(L.LightningModule):
         self.recorded: dict[str, float] = {}
         # Loss and gradient norm since the last record: [loss sum, steps, gradient norm sum].
         self.register_buffer("loss_since_record", torch.zeros(3, dtype=torch.float64))
+        # First step whose gradients were not finite, from 1; 0 for none. Read when logging.
+        self.register_buffer("first_bad_step", torch.zeros((), dtype=torch.int64), persistent=False)
         self.seconds_outside = 0.0
         self.lr = 0.0
         self._step_before = -1
@@ -111,6 +113,13 @@ class PretrainModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters(), float("inf") if clip is None else clip
         )
+        # A loss that is no number makes all gradients none. Fused AdamW then skips its update, on
+        # the device; whatever another optimizer makes of it is never kept (``FiniteCheck``).
+        is_bad = ~norm.isfinite()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = is_bad.float()
+        is_first = is_bad & (self.first_bad_step == 0)
+        self.first_bad_step += is_first * (self.trainer.global_step + 1)
         self.loss_since_record[1] += 1
         self.loss_since_record[2] += norm
 

@@ -13,6 +13,7 @@ from kernels.errors import UserError, require
 from models.decoder import Decoder
 from train.branching import find_parent, start_from
 from train.callbacks.checkpoints import CheckpointSchedule, RandomState, check_state_file
+from train.callbacks.finite import FiniteCheck
 from train.callbacks.head_maps import HeadMaps
 from train.callbacks.progress import ProgressDisplay
 from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
@@ -186,13 +187,14 @@ def _callbacks(
     rows = RowWriter(tracking, data)
     callbacks = [
         RandomState(),
+        FiniteCheck(tracking, folder, max_steps, config.packing.batch_rows),
         ThroughputMonitor(tracking, config.packing.context),
         validation,
         rows,
         CheckpointSchedule(tracking, folder, max_steps, sink_monitor),
     ]
     if sink_monitor is not None:
-        callbacks.insert(1, sink_monitor)
+        callbacks.insert(2, sink_monitor)
     if wandb_logger is not None:
         callbacks.insert(callbacks.index(rows), HeadMaps(validation, wandb_logger))
     if config.trainer.progress:

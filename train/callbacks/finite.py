@@ -1,0 +1,57 @@
+"""Stops a run whose loss or gradients are no numbers any more, before anything of it is kept."""
+
+from typing import Any
+
+import lightning as L
+
+from kernels.errors import UserError
+from models.batch import PackedBatch
+from train.module import PretrainModule
+from train.run_folder import RunFolder
+from train.tracking import TrackingConfig, checkpoint_steps
+
+
+class FiniteCheck(L.Callback):
+    """Reads the module's flag at steps that log or keep something, so no other step waits for it.
+
+    Raises ``UserError`` naming the first bad step, its rows of the stream and what is kept from
+    before it. Must run before the callbacks that write.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, folder: RunFolder, max_steps: int, rows_per_step: int
+    ):
+        self.config = config
+        self.folder = folder
+        self.max_steps = max_steps
+        self.rows_per_step = rows_per_step
+        self.steps = set(checkpoint_steps(config, max_steps))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: PretrainModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+    ) -> None:
+        if pl_module.finished_step and self._is_due(trainer.global_step):
+            self.check(int(pl_module.first_bad_step))
+
+    def _is_due(self, step: int) -> bool:
+        config = self.config
+        often = (config.log_every, config.sinks_every, config.validate_every, config.last_every)
+        return step in self.steps or step == self.max_steps or any(step % n == 0 for n in often)
+
+    def check(self, bad_step: int) -> None:
+        """Raise for a bad step, from 1; 0 is none."""
+        if bad_step == 0:
+            return
+        rows = f"{(bad_step - 1) * self.rows_per_step} to {bad_step * self.rows_per_step - 1}"
+        kept = sorted(self.folder.last.parent.glob("step_*"))
+        last = f"{kept[-1]} is the last checkpoint" if kept else "no checkpoint was kept"
+        raise UserError(
+            f"training stopped: NaN or infinity in the loss or gradients of step {bad_step}, rows "
+            f"{rows} of the stream; {last}. A lower optimizer.lr or longer schedule.warmup_steps "
+            "may help"
+        )
