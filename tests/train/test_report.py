@@ -159,6 +159,8 @@ def test_probes_of_kept_checkpoints_have_a_column_and_a_figure(page, report, tmp
     lines = {t["legendgroup"]: t for t in traces if t["mode"] == "lines+markers"}
     assert lines["arm 0"]["x"] == [STEPS[10], STEPS[30]] and lines["arm 0"]["y"] == [0.2, 0.4]
     assert lines["arm 1"]["y"] == [0.1] and len(lines) == 2
+    titles = json_block(page, "figures")["kept_excess"]["layout"]["annotations"]
+    assert [t["text"] for t in titles] == ["text", "uniform attention"], "no empty panel"
     without = made_run(tmp_path / "without", steps=[1, 2], onset=None)
     assert command([str(without), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()

@@ -106,18 +106,24 @@ def kept_excess(arms: Sequence[Arm]) -> go.Figure | None:
 def _prompt_excess(
     arms: Sequence[Arm], panels: dict[str, str], metric: str, heading: str
 ) -> go.Figure | None:
-    """A panel a kind of prompt; ``metric`` with the prompt's name in it."""
+    """A panel a kind of prompt that any arm has; ``metric`` with the prompt's name in it."""
+    panels = {
+        name: title
+        for name, title in panels.items()
+        if any(len(arm.curve(metric.format(name))) for arm in arms)
+    }
+    if not panels:
+        return None
     figure = make_subplots(
         cols=len(panels),
         shared_yaxes=True,
         horizontal_spacing=0.04,
         subplot_titles=list(panels.values()),
     )
-    drawn = 0
     for column, (name, title) in enumerate(panels.items(), start=1):
         for arm in arms:
             untrained = name == "bos_text" and not arm.knows_bos
-            drawn += add_arms(
+            add_arms(
                 figure,
                 [arm],
                 metric.format(name),
@@ -127,8 +133,6 @@ def _prompt_excess(
                 place={"row": 1, "col": column},
             )
         add_level(figure, 0.0, "uniform attention", row=1, col=column)
-    if not drawn:
-        return None
     styled(figure, heading, 330)
     figure.update_layout(margin_t=64)
     figure.update_yaxes(title=axis_title("excess mass", arms), col=1)
