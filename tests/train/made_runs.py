@@ -89,13 +89,23 @@ def _metrics(table: pd.DataFrame, layers: int, seed: int) -> pd.DataFrame:
     return metrics
 
 
-def add_probes(path: Path, probe_set: str) -> None:
-    """A part of probes/ with one line."""
-    row = {"run": path.name, "step": 1, "tokens": TOKENS_PER_STEP, "probe": "made", "name": "value"}
-    row |= {"input": "text", "layer": -1, "head": -1, "position": -1, "value": 0.5}
+def add_probes(path: Path, probe_set: str, values: dict[int, float]) -> None:
+    """Probes of kept checkpoints: by step, the excess on text, and the cost of hiding position 0 on
+    text, twice the excess, and on BOS and text, three times."""
+    rows = []
+    for step, value in values.items():
+        told = {"run": path.name, "step": step, "tokens": TOKENS_PER_STEP * step}
+        model = {"layer": -1, "head": -1, "position": -1}
+        sinks = told | model | {"probe": "sinks", "name": "excess", "input": "text", "position": 0}
+        # A head's value and another position's, which are not the model's.
+        rows += [sinks | {"value": value}, sinks | {"layer": 1, "head": 2, "value": 9.0}]
+        rows += [sinks | {"position": 1, "value": 9.0}]
+        cost = told | model | {"probe": "losses", "name": "cost_hidden_first"}
+        rows += [cost | {"input": "text", "value": 2 * value}]
+        rows += [cost | {"input": "bos_text", "value": 3 * value}]
     folder = RunFolder(path)
     folder.probes.mkdir(exist_ok=True)
-    table = pd.DataFrame([row | {"probe_set": probe_set}])
+    table = pd.DataFrame(rows).assign(probe_set=probe_set)
     table.to_parquet(folder.probes / "made.parquet", index=False)
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from scripts.report import command
 from tests.train.made_runs import BASELINE, add_probes, json_block, made_run
-from train.report.gather import gather, log_spaced, mean_and_range, thinned
+from train.report import figures
+from train.report.curves import log_spaced, mean_and_range, thinned
+from train.report.gather import gather
 from train.report.record import draw_record
 from train.runs import load_run
 
@@ -34,7 +36,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         name: made_run(folder / name, *overrides, steps=STEPS, onset=onset, kind=kind)
         for name, (overrides, onset, kind) in made.items()
     }
-    add_probes(paths["pinned"], "e" * 64)
+    add_probes(paths["pinned"], "e" * 64, {STEPS[10]: 0.2, STEPS[30]: 0.4})
+    add_probes(paths["plain"], "e" * 64, {STEPS[10]: 0.1})
     return paths
 
 
@@ -143,7 +146,101 @@ def test_onsets_settings_and_provenance_have_their_tables(page, runs):
     assert row_of(page, 2, "sigmoid") == ["sigmoid", "pinned", "sigmoid", "0", "0"]
     provenance = row_of(page, 3, "pinned")
     assert provenance[2] == "c" * 12 + " + changes" and provenance[7] == "e" * 12
-    assert row_of(page, 3, "plain")[7] == "none"
+    assert row_of(page, 3, "sigmoid")[7] == "none"
+
+
+def test_probes_of_kept_checkpoints_have_a_column_and_a_figure(page, report, tmp_path):
+    assert page.count("cost of hiding position 0, nats") == 1
+    # On what the arm was trained on: three times the excess with a BOS, twice without.
+    assert row_of(page, 0, "packing.bos=pinned, attention=softmax")[10] == "1.200"
+    assert row_of(page, 0, "packing.bos=none")[10] == "0.200"
+    assert row_of(page, 0, "packing.bos=pinned, attention=sigmoid")[10] == "–"
+    traces = json_block(page, "figures")["kept_excess"]["data"]
+    lines = {t["legendgroup"]: t for t in traces if t["mode"] == "lines+markers"}
+    assert lines["arm 0"]["x"] == [STEPS[10], STEPS[30]] and lines["arm 0"]["y"] == [0.2, 0.4]
+    assert lines["arm 1"]["y"] == [0.1] and len(lines) == 2
+    titles = json_block(page, "figures")["kept_excess"]["layout"]["annotations"]
+    assert [t["text"] for t in titles] == ["text", "uniform attention"], "no empty panel"
+    without = made_run(tmp_path / "without", steps=[1, 2], onset=None)
+    assert command([str(without), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "cost of hiding position 0, nats" not in page
+    assert "kept_excess" not in json_block(page, "figures")
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory) -> list[Path]:
+    """Two seeds of one arm and one of another, of 3000 steps; seed 1 has done 500 or so."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    plan = ["packing=causal_pinned_bos", "trainer.max_steps=3000"]
+    half = [step for step in STEPS if step <= 500]
+    return [
+        made_run(folder / "seed_0", *plan, steps=STEPS, onset=STEPS[-5]),
+        made_run(folder / "seed_1", *plan, "seed=1", steps=half, onset=None),
+        made_run(folder / "other", "packing=causal", plan[1], steps=STEPS, onset=None),
+    ]
+
+
+def test_an_unfinished_seed_is_compared_at_the_same_step_and_marked(unfinished, tmp_path):
+    _, (arm, other) = gather(unfinished)
+    last = max(step for step in STEPS if step <= 500)
+    done = f"{1.024 * last:.4g}k of 3.072M tokens"
+    assert (arm.until, arm.behind, other.behind) == (last, [f"seed 1/0 at {done}"], [])
+    # Seed 0 became a sink after seed 1's last step.
+    assert arm.last("sink/mass") == pytest.approx([BASELINE, BASELINE])
+    held_out = max(step for step in STEPS[1::2] if step <= 500)
+    loss = 5 - 0.1 * np.log(held_out)
+    assert arm.last("val/canonical_loss") == pytest.approx([loss, loss + 0.25])
+    assert arm.mass_against_loss()["loss"].tolist() == arm.last("val/canonical_loss")
+    out = tmp_path / "report.html"
+    assert command([*map(str, unfinished), "--out", str(out)]) == 0
+    page = out.read_text()
+    row = row_of(page, 0, "packing.bos=pinned")
+    assert row[2] == f"{1.024 * last:.4g}k" and row[4] == "0.074" and row[5] == "0/8 0/8"
+    assert page.count(f">seed 1/0 at {done}</span>") == 1
+    for figure in json_block(page, "figures").values():
+        lines = [t for t in figure["data"] if t.get("legendgroup") == "arm 0"]
+        assert all(f"seed 1/0 at {done}" in line["name"] for line in lines)
+
+
+def test_a_seed_without_a_row_is_left_out_and_marked(unfinished, tmp_path):
+    young = made_run(
+        *(tmp_path / "young", "packing=causal_pinned_bos", "trainer.max_steps=3000", "seed=2"),
+        steps=[1],
+        onset=None,
+    )
+    (young / "metrics.csv").unlink()
+    _, (arm,) = gather([unfinished[0], young])
+    assert arm.behind == ["seed 2/0 at 0 of 3.072M tokens"] and arm.until == STEPS[-1]
+    first, second = arm.last("sink/mass")
+    assert first == pytest.approx(0.7) and np.isnan(second)
+
+
+def test_of_a_repeated_row_the_later_counts(tmp_path):
+    path = made_run(tmp_path / "again", "seed=5", steps=[1, 2, 4], onset=None)
+    with (path / "metrics.csv").open("a") as file:
+        table = pd.read_csv(path / "metrics.csv")
+        table[table["step"] == 2].assign(**{"sink/excess": 0.5}).to_csv(
+            file, header=False, index=False
+        )
+    _, (arm,) = gather([path, made_run(tmp_path / "once", "seed=6", steps=[1, 2], onset=None)])
+    curve = arm.curve("sink/excess")
+    assert curve["step"].tolist() == [1, 2]
+    np.testing.assert_allclose(curve["high"], [0, 0.5], atol=1e-12)
+
+
+def test_one_baseline_is_drawn_for_arms_that_share_it(runs, tmp_path):
+    young = made_run(tmp_path / "young", "attention=off_by_one", steps=[1], onset=None)
+    (young / "metrics.csv").unlink()
+    short = made_run(tmp_path / "short", "attention=sink_logit", steps=STEPS[:9], onset=None)
+    _, arms = gather([young, short, runs["plain"]])
+    lines = [t for t in figures.mass(arms).data if t.name == "uniform attention"]
+    assert len(lines) == 1 and lines[0].legendgroup == "baseline" and lines[0].x[-1] == STEPS[-1]
+    table = pd.read_csv(short / "metrics.csv")
+    table.assign(**{"sink/baseline": 0.2}).to_csv(short / "metrics.csv", index=False)
+    _, arms = gather([young, short, runs["plain"]])
+    lines = [t for t in figures.mass(arms).data if t.name == "uniform attention"]
+    assert [line.legendgroup for line in lines] == ["arm 1", "arm 2"]
 
 
 def test_figures_hold_the_stored_values(page, runs):
@@ -198,12 +295,17 @@ def test_the_page_is_one_file(page):
 
 
 def test_names_are_text_whatever_they_hold(tmp_path):
-    path = made_run(tmp_path / "a<b>&c", "seed=5", steps=[1, 2], onset=None)
+    name = 'a<b>&c  %{x} "d'
+    path = made_run(tmp_path / name, "seed=5", steps=[1, 2], onset=None)
     out = tmp_path / "report.html"
     assert command([str(path), "--out", str(out)]) == 0
     page = out.read_text()
-    assert "a<b>" not in page and "a&lt;b&gt;&amp;c" in page
-    assert "a<b>&c" in json_block(page, "details")
+    told = "a&lt;b&gt;&amp;c  %{x} &quot;d"
+    assert "a<b>" not in page and f'<option value="{told}">{told}</option>' in page
+    assert name in json_block(page, "details")
+    traces = json_block(page, "figures")["excess_mass"]["data"]
+    hovers = [trace["hovertemplate"] for trace in traces if "hovertemplate" in trace]
+    assert all("%{x}" not in hover and "%&#123;x}" in hover for hover in hovers) and hovers
 
 
 def test_a_run_that_has_just_begun_is_shown_without_figures(tmp_path, capsys):

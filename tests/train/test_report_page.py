@@ -46,7 +46,7 @@ def runs(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     return [
         made_run(
-            folder / f"{bos}_{seed}",
+            folder / (f"{bos}_{seed}" if (bos, seed) != ("none", 1) else "none  1 %{x}"),
             f"packing.bos={bos}",
             f"seed={seed}",
             steps=STEPS,
@@ -198,3 +198,39 @@ def test_the_x_axis_can_be_tokens(browser, runs):
     wait(browser, "return charts()[0].layout.xaxis.type === 'log'")
     assert browser.execute_script(script) == STEPS
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_layers_that_were_hidden_stay_so(browser):
+    wait(browser, "return document.getElementById('norms_by_layer').data?.length === 16")
+    layers = "document.getElementById('norms_by_layer').data.map((trace) => trace.visible)"
+    hide = "return Plotly.restyle('norms_by_layer', { visible: 'legendonly' }, [1])"
+    browser.execute_script(hide)
+    browser.execute_script("toggle('arm 0'); toggle('arm 0')")
+    Select(browser.find_element(By.ID, "axis")).select_by_value("tokens linear")
+    norms = "document.getElementById('norms_by_layer').layout.xaxis.type"
+    wait(browser, f"return {norms} === 'linear'")
+    shown = browser.execute_script(f"return {layers}")
+    assert shown[1] == "legendonly" and shown.count("legendonly") == 1
+    Select(browser.find_element(By.ID, "axis")).select_by_value("step log")
+    wait(browser, f"return {norms} === 'log'")
+    assert browser.execute_script(f"return {layers}[1]") == "legendonly"
+    uniform = "charts().flatMap((div) => div.data).find((t) => t.legendgroup === 'baseline')"
+    assert browser.execute_script(f"return {uniform}.visible") is True
+
+
+def test_a_run_whose_name_has_two_spaces_is_shown(browser):
+    run = Select(browser.find_element(By.ID, "run"))
+    run.select_by_value("none  1 %{x}")
+    title = "document.getElementById('norms_by_layer').layout.title.text"
+    wait(browser, f"return {title}.includes('none  1')")
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_name_is_told_as_it_is(browser, runs):
+    browser.execute_script("if (hidden.has('run none  1 %{x}')) toggle('run none  1 %{x}')")
+    metrics = pd.read_csv(runs[4] / "metrics.csv").set_index("step")
+    step = STEPS[17]
+    stored = metrics.loc[step, "sink/excess"]
+    figure = browser.find_element(By.ID, "excess_mass")
+    told = hover(browser, figure, *pixel(browser, "excess_mass", step, stored))
+    assert "none  1 %{x}" in told.replace("\xa0", " ") and f"excess mass {stored:.4f}" in told

@@ -1,6 +1,7 @@
 """A page that compares runs: ``gather`` reads them, ``page`` lays them out, ``record`` draws them.
 
 gather.py    runs and their arms; curves by arm; what the tables hold
+curves.py    means over runs, extremes over layers, thinned for drawing
 tables.py    tables as HTML
 figures.py   arms side by side, as plotly figures
 detail.py    one run: every head over the steps, norm ratios by layer

@@ -9,7 +9,8 @@ from matplotlib.colors import to_hex
 from plotly.subplots import make_subplots
 
 from train.plotting import ALPHA_COLOURS, layer_colours
-from train.report.gather import ReportRun, log_spaced, thinned
+from train.report.curves import log_spaced, thinned
+from train.report.gather import ReportRun
 from train.report.traces import GREY, RATIOS, over_steps, rounded, styled, told
 
 MOST_FRAMES = 30

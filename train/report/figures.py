@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from train.report.gather import NORM_PANELS, Arm, mean_and_range, over_layers, thinned
+from train.report.curves import mean_and_range, over_layers, thinned
+from train.report.gather import NORM_PANELS, Arm
 from train.report.traces import (
     GREY,
     RATIOS,
@@ -42,10 +44,13 @@ def mass(arms: Sequence[Arm]) -> go.Figure | None:
     figure = go.Figure()
     if not add_arms(figure, arms, "sink/mass", "mass"):
         return None
-    baselines = {arm: thinned(arm.curve("sink/baseline")) for arm in arms}
+    baselines = [(arm, arm.curve("sink/baseline")) for arm in arms]
+    baselines = [(arm, curve) for arm, curve in baselines if len(curve)]
     # Most often the same for all arms, which one grey line says best.
-    same = len({tuple(np.round(curve["mean"], 4)) for curve in baselines.values()}) == 1
-    for arm, curve in list(baselines.items())[: 1 if same else None]:
+    longest = max(baselines, key=lambda both: both[1]["step"].max(), default=None)
+    same = longest is not None and all(_agree(curve, longest[1]) for _, curve in baselines)
+    for arm, whole in [longest] if same else baselines:
+        curve = thinned(whole)
         figure.add_scatter(
             x=curve["step"].tolist(),
             y=rounded(curve["mean"]),
@@ -61,6 +66,12 @@ def mass(arms: Sequence[Arm]) -> go.Figure | None:
     return over_steps(figure)
 
 
+def _agree(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    """Whether two curves have steps in common and, there, the same means to four digits."""
+    both = one.merge(other, on="step")
+    return len(both) > 0 and np.allclose(both["mean_x"], both["mean_y"], rtol=0, atol=5e-5)
+
+
 def rate(arms: Sequence[Arm]) -> go.Figure | None:
     """Sink rate while training: each row, layer and head against 0.3, then averaged."""
     figure = go.Figure()
@@ -73,31 +84,56 @@ def rate(arms: Sequence[Arm]) -> go.Figure | None:
 
 
 def probe_excess(arms: Sequence[Arm]) -> go.Figure | None:
-    """Excess mass on held-out prompts of 64 tokens, without and with a BOS before the text."""
+    """Excess mass on held-out prompts of 64 tokens, without and with a BOS before the text, at
+    validations."""
     panels = {"text": "text", "bos_text": "BOS + text"}
+    title = "Excess mass on held-out prompts, T = 64"
+    return _prompt_excess(arms, panels, "probe/t64_{}/excess", title)
+
+
+def kept_excess(arms: Sequence[Arm]) -> go.Figure | None:
+    """The same at the kept checkpoints that ``scripts.probe`` probed, on other prompts too."""
+    panels = {
+        "text": "text",
+        "bos_text": "BOS + text",
+        "random": "random tokens",
+        "repeated": "one token repeated",
+    }
+    title = "Excess mass at kept checkpoints, T = 64"
+    return _prompt_excess(arms, panels, "kept/sinks/{}/excess", title)
+
+
+def _prompt_excess(
+    arms: Sequence[Arm], panels: dict[str, str], metric: str, heading: str
+) -> go.Figure | None:
+    """A panel a kind of prompt that any arm has; ``metric`` with the prompt's name in it."""
+    panels = {
+        name: title
+        for name, title in panels.items()
+        if any(len(arm.curve(metric.format(name))) for arm in arms)
+    }
+    if not panels:
+        return None
     figure = make_subplots(
-        cols=2,
+        cols=len(panels),
         shared_yaxes=True,
         horizontal_spacing=0.04,
         subplot_titles=list(panels.values()),
     )
-    drawn = 0
     for column, (name, title) in enumerate(panels.items(), start=1):
         for arm in arms:
             untrained = name == "bos_text" and not arm.knows_bos
-            drawn += add_arms(
+            add_arms(
                 figure,
                 [arm],
-                f"probe/t64_{name}/excess",
+                metric.format(name),
                 f"excess on {title}" + (", BOS untrained" if untrained else ""),
                 dash=UNTRAINED_DASH if untrained else None,
                 markers=True,
                 place={"row": 1, "col": column},
             )
         add_level(figure, 0.0, "uniform attention", row=1, col=column)
-    if not drawn:
-        return None
-    styled(figure, "Excess mass on held-out prompts, T = 64", 330)
+    styled(figure, heading, 330)
     figure.update_layout(margin_t=64)
     figure.update_yaxes(title=axis_title("excess mass", arms), col=1)
     return over_steps(figure)
@@ -114,7 +150,7 @@ def canonical_loss(arms: Sequence[Arm]) -> go.Figure | None:
 
 
 def mass_against_loss(arms: Sequence[Arm]) -> go.Figure | None:
-    """One point a run, at its latest values; open where the mass is a proxy."""
+    """One point a run, at the last values its arm shares; open where the mass is a proxy."""
     figure = go.Figure()
     for arm in arms:
         points = arm.mass_against_loss()
@@ -129,8 +165,8 @@ def mass_against_loss(arms: Sequence[Arm]) -> go.Figure | None:
             mode="markers",
             marker={"color": arm.colour, "size": 10, "symbol": symbol, "line_width": 1.5},
             legendgroup=group(arm),
-            name=told(arm.name),
-            hovertemplate=f"<b>%{{text}}</b><br>{told(arm.name, 60)}<br>loss %{{x:.4f}} nats"
+            name=told(arm.legend),
+            hovertemplate=f"<b>%{{text}}</b><br>{told(arm.legend, 60)}<br>loss %{{x:.4f}} nats"
             "<br>mass %{y:.4f}, uniform %{customdata:.4f}<extra></extra>",
         )
     if not figure.data:

@@ -1,8 +1,8 @@
 """Runs as the report sees them: what they measured, their arms, and means over seeds."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,8 @@ from data.packing import BosKind
 from kernels.errors import require
 from train.onset import HEAD_ALPHA, RunOnset, run_onset, scheduled_rates
 from train.plotting import ARM_COLOURS
+from train.report.curves import common_steps, mean_and_range, short_count
 from train.runs import Run, arm_label, load_run
-
-MOST_RECORDS = 400
-"""Records of a curve that are drawn; more are thinned to about so many, log-spaced."""
 
 NORM_PANELS: dict[str, tuple[str, Callable]] = {
     "norm_first/massive_ratio": ("hidden state, largest over layers", np.max),
@@ -32,7 +30,8 @@ class ReportRun:
 
     name: unique in the report. arm: index of its arm. metrics: ``Run.metrics()``. first: the rows
     of ``Run.sinks()`` about the first key over 64 queries, empty if there are none; onset is then
-    None. probe_sets: hashes of the held-out text of its probes.
+    None. kept: probes of the whole model at kept checkpoints, a row a step, columns step, tokens,
+    ``kept/<probe>/<input>/<name>``. probe_sets: hashes of the held-out text of its probes.
     """
 
     run: Run
@@ -41,6 +40,7 @@ class ReportRun:
     metrics: pd.DataFrame
     first: pd.DataFrame
     onset: RunOnset | None
+    kept: pd.DataFrame
     probe_sets: tuple[str, ...]
 
     @property
@@ -59,29 +59,28 @@ class ReportRun:
         """Whether it was trained with a BOS."""
         return self.run.settings["packing"]["bos"] != BosKind.none.value
 
+    @property
+    def last_step(self) -> int:
+        """The last step with a row of metrics, 0 before there is one."""
+        return int(self.metrics["step"].max()) if len(self.metrics) else 0
+
     def curve(self, name: str) -> pd.DataFrame:
-        """The recorded values of a metric: columns step, tokens, value; empty if it has none."""
-        if name not in self.metrics:
+        """The values of a metric or of ``kept``: columns step, tokens, value; empty if it has
+        none."""
+        table = self.kept if name in self.kept else self.metrics
+        if name not in table:
             return pd.DataFrame({"step": [], "tokens": [], "value": []})
-        rows = self.metrics[["step", "tokens", name]].dropna()
+        rows = table[["step", "tokens", name]].dropna()
         return rows.rename(columns={name: "value"}).reset_index(drop=True)
 
-    def last(self, name: str) -> float:
-        """The latest value of a metric, nan if it has none."""
-        values = self.curve(name)["value"]
-        return float(values.iloc[-1]) if len(values) else float("nan")
-
-    def sink_heads(self) -> tuple[int, int] | None:
-        """In the last record, the heads whose mean alpha is above 0.3, and all heads; None without
-        records."""
-        if self.first.empty:
+    def sink_heads(self, until: int | None = None) -> tuple[int, int] | None:
+        """In the last record, up to the step ``until`` if given: the heads whose mean alpha is
+        above 0.3, and all heads. None without records."""
+        first = self.first if until is None else self.first[self.first["step"] <= until]
+        if first.empty:
             return None
-        last = self.first[self.first["step"] == self.first["step"].max()]
+        last = first[first["step"] == first["step"].max()]
         return int((last["alpha"] > HEAD_ALPHA).sum()), len(last)
-
-    def bos_removal_loss(self) -> float:
-        """Loss without BOS minus loss with it on the same labels, nats a label; nan if unknown."""
-        return self.last("probe/t64_text/loss") - self.last("probe/t64_bos_text/loss")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,76 +114,65 @@ class Arm:
     def knows_bos(self) -> bool:
         return all(run.knows_bos for run in self.runs)
 
+    @property
+    def until(self) -> int:
+        """The last step that all runs with any metrics have reached. What is compared lies no
+        later: a seed that is behind isn't averaged with what others became since."""
+        return min((run.last_step for run in self.runs if len(run.metrics)), default=0)
+
+    @property
+    def behind(self) -> list[str]:
+        """Of each run that hasn't reached its last step yet: ``seed 1 at 0.5M of 3M tokens``."""
+        furthest = max(run.last_step for run in self.runs)
+        told = []
+        for run in self.runs:
+            planned = max(furthest, run.run.config.trainer.max_steps)
+            if run.last_step < planned:
+                each = run.run.tokens_per_step
+                done = f"{short_count(run.last_step * each)} of {short_count(planned * each)}"
+                told.append(f"seed {run.seeds} at {done} tokens")
+        return told
+
+    @property
+    def legend(self) -> str:
+        """The name, and which runs are ``behind``."""
+        return ", ".join([self.name, *self.behind])
+
     def curve(self, name: str) -> pd.DataFrame:
         """Over the steps that all runs of the arm recorded: columns step, tokens, mean, low, high
         (the smallest and the largest run). Runs without the metric are left out."""
         return mean_and_range([run.curve(name) for run in self.runs])
 
     def last(self, name: str) -> list[float]:
-        """The latest value of each run."""
-        return [run.last(name) for run in self.runs]
+        """Each run's value of a metric at the last step up to ``until`` at which all runs with the
+        metric have one; nan for runs without."""
+        curves = [run.curve(name).set_index("step")["value"] for run in self.runs]
+        steps = common_steps([curve.index for curve in curves if len(curve)])
+        steps = steps[steps <= self.until]
+        if not len(steps):
+            return [math.nan] * len(curves)
+        return [float(curve[steps[-1]]) if len(curve) else math.nan for curve in curves]
+
+    def bos_removal_loss(self) -> list[float]:
+        """Of each run, loss without BOS minus loss with it on the same labels, nats a label."""
+        without, with_bos = (self.last(f"probe/t64_{name}/loss") for name in ("text", "bos_text"))
+        return np.subtract(without, with_bos).tolist()
+
+    def cost_of_hiding(self) -> list[float]:
+        """Of each run, at a kept checkpoint, what hiding position 0 from later queries adds to the
+        loss on prompts that begin as its training rows do, nats a label (``probes.losses``)."""
+        natural = "bos_text" if self.knows_bos else "text"
+        return self.last(f"kept/losses/{natural}/cost_hidden_first")
 
     def mass_against_loss(self) -> pd.DataFrame:
-        """One row a run that has both: name, loss (canonical), mass, baseline."""
-        rows = [
-            {
-                "name": run.name,
-                "loss": run.last("val/canonical_loss"),
-                "mass": run.last("sink/mass"),
-                "baseline": run.last("sink/baseline"),
-            }
-            for run in self.runs
-        ]
-        return pd.DataFrame(rows).dropna(subset=["loss", "mass"])
-
-
-def mean_and_range(curves: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Mean, smallest and largest value over curves at the steps that they all have.
-
-    curves: columns step, tokens, value. Gives step, tokens, mean, low, high. Curves without rows
-    are left out, and no curve at all gives no rows.
-    """
-    by_step = [curve.set_index("step") for curve in curves if len(curve)]
-    if not by_step:
-        return pd.DataFrame({"step": [], "tokens": [], "mean": [], "low": [], "high": []})
-    steps = reduce(pd.Index.intersection, (curve.index for curve in by_step)).sort_values()
-    values = np.array([curve.loc[steps, "value"].to_numpy() for curve in by_step])
-    return pd.DataFrame(
-        {
-            "step": steps.to_numpy(dtype=int),
-            "tokens": by_step[0].loc[steps, "tokens"].to_numpy(dtype=int),
-            "mean": values.mean(0),
-            "low": values.min(0),
-            "high": values.max(0),
+        """One row a run that has both: name, loss (canonical), mass, baseline; of ``last``."""
+        columns = {
+            "loss": self.last("val/canonical_loss"),
+            "mass": self.last("sink/mass"),
+            "baseline": self.last("sink/baseline"),
         }
-    )
-
-
-def over_layers(metrics: pd.DataFrame, prefix: str, over: Callable) -> pd.DataFrame:
-    """``over`` (max, min) of a metric's layers at each record: columns step, tokens, value."""
-    names = [name for name in metrics if name.startswith(f"{prefix}/layer_")]
-    if not names:
-        return pd.DataFrame({"step": [], "tokens": [], "value": []})
-    rows = metrics[["step", "tokens", *names]].dropna()
-    return rows[["step", "tokens"]].assign(value=over(rows[names].to_numpy(), axis=1))
-
-
-def log_spaced(steps: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the recorded steps, evenly over their logarithm, first and last included;
-    all of them if they aren't more."""
-    steps_S = np.unique(np.asarray(steps, dtype=int))
-    if len(steps_S) <= most:
-        return steps_S.tolist()
-    logs_S = np.log(np.maximum(1, steps_S))
-    wanted = np.linspace(logs_S[0], logs_S[-1], most)
-    nearest = np.abs(logs_S[None] - wanted[:, None]).argmin(1)
-    return steps_S[np.unique(nearest)].tolist()
-
-
-def thinned(curve: pd.DataFrame, most: int = MOST_RECORDS) -> pd.DataFrame:
-    """The curve at the steps of ``log_spaced``, without step 0, which has no logarithm."""
-    curve = curve[curve["step"] > 0]
-    return curve[curve["step"].isin(log_spaced(curve["step"], most))]
+        table = pd.DataFrame({"name": [run.name for run in self.runs], **columns})
+        return table.dropna(subset=["loss", "mass"])
 
 
 def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
@@ -200,8 +188,12 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
     names = [run.name for run in found]
     runs = []
     for run in found:
-        metrics, sinks, probes = run.metrics(), run.sinks(), run.probes()
-        first = sinks[sinks["key"] == "first"].reset_index(drop=True)
+        # A kill and a resume may have left a row twice; the later one is the run's.
+        metrics = run.metrics().drop_duplicates("step", keep="last")
+        sinks, probes = run.sinks(), run.probes()
+        first = sinks[sinks["key"] == "first"]
+        first = first.drop_duplicates(["step", "layer", "head"], keep="last")
+        first = first.reset_index(drop=True)
         runs.append(
             ReportRun(
                 run=run,
@@ -211,6 +203,7 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
                 metrics=metrics,
                 first=first,
                 onset=_onset(run, first),
+                kept=_model_wide(probes),
                 probe_sets=tuple(sorted(map(str, probes["probe_set"].dropna().unique()))),
             )
         )
@@ -218,6 +211,16 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
         Arm(index, label, tuple(run for run in runs if run.arm == index))
         for label, index in arms.items()
     ]
+
+
+def _model_wide(probes: pd.DataFrame) -> pd.DataFrame:
+    """What ``Run.probes()`` says of the whole model: columns step, tokens, and one a finding."""
+    # What is said of key 0 has its position, other findings have none.
+    wide = probes[(probes["layer"] == -1) & (probes["head"] == -1) & (probes["position"] <= 0)]
+    wide = wide.assign(key="kept/" + wide["probe"] + "/" + wide["input"] + "/" + wide["name"])
+    wide = wide.drop_duplicates(["step", "key"], keep="last")
+    table = wide.pivot(index=["step", "tokens"], columns="key", values="value")
+    return table.reset_index().rename_axis(columns=None)
 
 
 def _onset(run: Run, first: pd.DataFrame) -> RunOnset | None:

@@ -12,14 +12,18 @@ const hidden = new Set();
 
 for (const figure of Object.values(figures)) {
   for (const trace of figure.data) {
-    if (trace.visible === "legendonly") hidden.add(trace.legendgroup);
+    if (isShared(trace.legendgroup) && trace.visible === "legendonly") hidden.add(trace.legendgroup);
   }
 }
 for (const [name, figure] of Object.entries(figures)) draw(document.getElementById(name), figure);
 
 function draw(div, figure) {
-  div.figure = figure;
   const copy = onAxis(structuredClone(figure));
+  // On another axis, layers that were hidden stay so.
+  if (div.data && div.figure === figure) {
+    copy.data.forEach((trace, index) => (trace.visible = div.data[index].visible ?? true));
+  }
+  div.figure = figure;
   if (!(div.id in figures)) return Plotly.newPlot(div, { ...copy, config });
   for (const trace of copy.data) trace.visible = visibility(trace);
   return Plotly.newPlot(div, { ...copy, config }).then(() => {
@@ -34,7 +38,13 @@ function draw(div, figure) {
   });
 }
 
+function isShared(group) {
+  return /^(arm|run) /.test(group ?? "");
+}
+
+// Lines of no arm or run (the baseline, layers) aren't in the shared legend and stay as they are.
 function visibility(trace) {
+  if (!isShared(trace.legendgroup)) return trace.visible ?? true;
   return hidden.has(trace.legendgroup) ? "legendonly" : true;
 }
 
@@ -61,7 +71,7 @@ document.getElementById("axis").addEventListener("change", () => {
 
 function groups() {
   const all = armCharts().flatMap((div) => div.data.map((trace) => trace.legendgroup));
-  return [...new Set(all)].filter((group) => /^(arm|run) /.test(group ?? ""));
+  return [...new Set(all)].filter(isShared);
 }
 
 function toggle(group) {

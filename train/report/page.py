@@ -49,6 +49,12 @@ NOTES = {
     "loss of removing BOS": "loss on 64-token prompts of text minus that on BOS and the first 63, "
     f"same labels; {UNTRAINED}: the model never saw a BOS, so the figure says nothing of its "
     "removal",
+    "cost of hiding position 0": "what the loss on 64-token prompts rises by when position 0 is "
+    "hidden from all later queries, at the last probed checkpoint; prompts begin with a BOS where "
+    "the model was trained with one",
+    "at ... of ... tokens": "a seed that hasn't reached its last step: the means, ranges and "
+    "table row of its arm end at the last step that all its seeds have, onsets are of each seed's "
+    "own curve",
     "proxy": "share of weights that no softmax made; not to be compared with probabilities",
 }
 
@@ -58,6 +64,7 @@ def render(runs: Sequence[ReportRun], arms: Sequence[Arm]) -> str:
     by_arm = {
         "excess_mass": figures.excess_mass(arms),
         "probe_excess": figures.probe_excess(arms),
+        "kept_excess": figures.kept_excess(arms),
         "mass": figures.mass(arms),
         "rate": figures.rate(arms),
         "canonical_loss": figures.canonical_loss(arms),
@@ -117,14 +124,14 @@ def _arms_section(by_arm: dict, runs: Sequence[ReportRun], arms: Sequence[Arm]) 
     if missing:
         note = f'<p class="soft">No record of the first key in: {escape(", ".join(missing))}.</p>'
     untrained = ""
-    if "probe_excess" in by_arm and not all(arm.knows_bos for arm in arms):
+    if by_arm.keys() & {"probe_excess", "kept_excess"} and not all(arm.knows_bos for arm in arms):
         untrained = f'<p class="soft">Dotted under BOS + text: {UNTRAINED}.</p>'
     return f"""<h2>Arms</h2>
 <div class="controls"><label>x axis <select id="axis">{options}</select></label></div>
 {place("excess_mass")}{note}
 {arm_table(arms)}
 <div class="pair">{place("mass")}{place("rate")}</div>
-{place("probe_excess")}{untrained}
+{place("probe_excess")}{place("kept_excess")}{untrained}
 <div class="pair">{place("canonical_loss")}{place("mass_against_loss")}</div>
 {place("norm_ratios")}"""
 
@@ -132,7 +139,8 @@ def _arms_section(by_arm: dict, runs: Sequence[ReportRun], arms: Sequence[Arm]) 
 def _run_section(names: list[str]) -> str:
     if not names:
         return ""
-    options = "".join(f"<option>{escape(name)}</option>" for name in names)
+    # Without a value the browser takes the text, white space collapsed.
+    options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in names)
     return f"""<h2>One run in detail</h2>
 <div class="controls"><label>run <select id="run">{options}</select></label></div>
 <div class="figure" id="head_maps"></div>

@@ -1,5 +1,6 @@
 """Figures of record: the report's main curves through matplotlib, as PNG and SVG."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data.files import write_atomically
 from train.plotting import BASELINE, log_steps, new_figure, plain_numbers
-from train.report.gather import NORM_PANELS, Arm, mean_and_range, over_layers, proxy_mark
+from train.report.curves import mean_and_range, over_layers
+from train.report.gather import NORM_PANELS, Arm, proxy_mark
 
 LINE_STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 """matplotlib's names of plotly's line styles."""
@@ -34,7 +37,9 @@ def draw_record(arms: Sequence[Arm], folder: Path) -> list[Path]:
             for ending in ("png", "svg") if figure is not None else ():
                 path = folder / f"{name}.{ending}"
                 metadata = {"Date": None} if ending == "svg" else {}
-                figure.savefig(path, dpi=150, metadata=metadata)
+                content = io.BytesIO()
+                figure.savefig(content, format=ending, dpi=150, metadata=metadata)
+                write_atomically(path, content.getvalue())
                 drawn.append(path)
     return drawn
 
@@ -61,7 +66,7 @@ def _mass_against_loss(arms: Sequence[Arm]) -> Figure | None:
             continue
         levels |= set(points["baseline"].round(4))
         colours = {"facecolors": "none" if arm.is_proxy else arm.colour, "edgecolors": arm.colour}
-        axis.scatter(points["loss"], points["mass"], s=36, label=_told(arm.name), **colours)
+        axis.scatter(points["loss"], points["mass"], s=36, label=_told(arm.legend), **colours)
     if not levels:
         return None
     if len(levels) == 1:
@@ -96,7 +101,7 @@ def _draw_curves(axis: Axes, curves: list[tuple[Arm, pd.DataFrame]]) -> bool:
     curves = [(arm, curve) for arm, curve in curves if len(curve)]
     for arm, curve in curves:
         style = {"color": arm.colour, "linestyle": LINE_STYLES[arm.dash]}
-        axis.plot(curve["step"], curve["mean"], label=_told(arm.name), **style)
+        axis.plot(curve["step"], curve["mean"], label=_told(arm.legend), **style)
         if len(arm.runs) > 1:
             axis.fill_between(
                 curve["step"], curve["low"], curve["high"], color=arm.colour, alpha=0.16, lw=0

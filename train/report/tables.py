@@ -8,6 +8,7 @@ import numpy as np
 
 from train.arms import differences
 from train.onset import RunOnset
+from train.report.curves import short_count
 from train.report.gather import Arm, ReportRun
 
 UNTRAINED = "BOS untrained"
@@ -50,14 +51,6 @@ def mean_with_range(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean}\n({number(min(known), digits)} to {number(max(known), digits)})"
 
 
-def short_count(value: float) -> str:
-    """``153.6k``, ``4.9M``, ``1.05B``."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:g}"
-
-
 def onset_text(onset: RunOnset | None) -> str:
     """``1,200 -100 [1,100, 1,300]``: step, distance to the record before, interval; ``> 2,000``."""
     if onset is None:
@@ -73,25 +66,32 @@ def _interval(onset: RunOnset) -> str:
 
 
 def arm_table(arms: Sequence[Arm]) -> str:
-    """One row an arm: what came out, mean and range over seeds."""
+    """One row an arm: what came out, mean and range over seeds at their last common step."""
     header = (
         *("arm", "seeds", "tokens", "mass, T = 64", "uniform", "heads > 0.3"),
         *("rate", "onset, step", "canonical loss, nats", "loss of removing BOS, nats"),
     )
-    return html_table(header, [_arm_row(arm) for arm in arms], "arms")
+    costs = [mean_with_range(arm.cost_of_hiding()) for arm in arms]
+    rows = [_arm_row(arm) for arm in arms]
+    # Only of runs whose checkpoints were probed.
+    if any(cost != "–" for cost in costs):
+        header = (*header, "cost of hiding position 0, nats")
+        rows = [[*row, cost] for row, cost in zip(rows, costs, strict=True)]
+    return html_table(header, rows, "arms")
 
 
 def _arm_row(arm: Arm) -> list[object]:
     swatch = f'<span class="swatch" style="background:{arm.colour}"></span>'
-    heads = [run.sink_heads() for run in arm.runs]
-    tokens = [run.metrics["tokens"].max() for run in arm.runs if len(run.metrics)]
-    removal = mean_with_range([run.bos_removal_loss() for run in arm.runs])
+    behind = "".join(f'<br><span class="soft">{escape(told)}</span>' for told in arm.behind)
+    heads = [run.sink_heads(arm.until) for run in arm.runs]
+    tokens = max((run.run.tokens_per_step for run in arm.runs), default=0) * arm.until
+    removal = mean_with_range(arm.bos_removal_loss())
     if not arm.knows_bos and removal != "–":
         removal = f"{removal}\n{UNTRAINED}"
     return [
-        Html(swatch + escape(arm.name)),
+        Html(swatch + escape(arm.name) + behind),
         ", ".join(run.seeds for run in arm.runs),
-        short_count(max(tokens)) if tokens else "–",
+        short_count(tokens) if tokens else "–",
         mean_with_range(arm.last("sink/mass")),
         mean_with_range(arm.last("sink/baseline")).split("\n")[0],
         "\n".join(f"{over}/{total}" for over, total in filter(None, heads)) or "–",

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from train.report.gather import Arm, proxy_mark, thinned
+from train.report.curves import thinned
+from train.report.gather import Arm, proxy_mark
 
 GREY = "#555555"
 AXIS = {
@@ -60,7 +61,8 @@ def rounded(values: Sequence[float] | pd.Series) -> list[float | None]:
 def told(text: str, width: int = LEGEND_WIDTH) -> str:
     """Text for a legend or hover box: escaped, broken after commas."""
     lines = [""]
-    for part in escape(text).split(", "):
+    # plotly would put a value in place of %{...} in a hover template.
+    for part in escape(text).replace("%{", "%&#123;").split(", "):
         if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += f"{part}, "
@@ -145,7 +147,7 @@ def add_curve(
             hoverinfo="skip",
             showlegend=False,
             legendgroup=group(arm),
-            name=f"{told(arm.name)}, range",
+            name=f"{told(arm.legend)}, range",
             **place,
         )
     seeds = f"mean of {len(arm.runs)} seeds" if len(arm.runs) > 1 else told(arm.runs[0].name, 60)
@@ -158,8 +160,8 @@ def add_curve(
         marker={"size": 5},
         line={"color": arm.colour, "width": 2, "dash": dash or arm.dash},
         legendgroup=group(arm),
-        name=told(arm.name),
-        hovertemplate=f"<b>{told(arm.name, 60)}</b><br>{seeds}<br>%{{x:,}}"
+        name=told(arm.legend),
+        hovertemplate=f"<b>{told(arm.legend, 60)}</b><br>{seeds}<br>%{{x:,}}"
         f"<br>{quantity} %{{y:.4f}}"
         + ("<br>from %{customdata[0]:.4f} to %{customdata[1]:.4f}" if len(arm.runs) > 1 else "")
         + "<extra></extra>",
