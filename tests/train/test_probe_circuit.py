@@ -11,6 +11,7 @@ import torch
 from tests.train.handmade import (
     LENGTH,
     MARKER,
+    blank_decoder,
     inputs_of,
     planted_sink,
     shifted_tokens,
@@ -63,6 +64,22 @@ def test_the_marker_separates_position_0_and_the_token_does_not():
     assert values(found, "separability_after_feed_forward")[1:] == [1, 1]
 
 
+def test_random_tokens_tell_position_from_what_documents_begin_with():
+    """Text begins with id 0 or 1 and holds them nowhere else: no block is needed."""
+    later_BT = shuffled_tokens(64) % (LENGTH - 2) + 2
+    text_BT = torch.cat([torch.arange(64)[:, None] // 2 % 2, later_BT[:, 1:]], 1)
+    tokens_BT = {"text": text_BT, "random": shuffled_tokens(64)}
+    blank, planted = (probed(d, **tokens_BT) for d in (blank_decoder(), planted_sink(writer=1)))
+    for place in ("embedding", "after_attention", "after_feed_forward"):
+        kind = f"separability_{place}"
+        assert set(values(blank, kind, input="text")) == {1}
+        assert all(0.35 < x < 0.65 for x in values(blank, kind, input="random"))
+    assert values(planted, "separability_after_feed_forward", input="random")[1:] == [1, 1]
+    # Stability and norms come with it.
+    of_text, of_random = ({f[:1] + f[3:] for f in planted if f.input == x} for x in tokens_BT)
+    assert of_text == of_random
+
+
 def test_stability_is_the_cosine_of_first_states():
     """Different ids share the 1 of the 2 or 3 that their squared norm is, and the marker."""
     found = probed(planted_sink(), text=shifted_tokens())
@@ -78,7 +95,7 @@ def test_a_bos_has_no_stability_but_a_place():
     """It would be 1 in any model."""
     text_BT = shifted_tokens()
     bos_text_BT = torch.cat([torch.zeros(LENGTH, 1, dtype=torch.int64), text_BT[:, :-1]], 1)
-    found = probed(planted_sink(), text=text_BT, bos_text=bos_text_BT, random=text_BT)
+    found = probed(planted_sink(), text=text_BT, bos_text=bos_text_BT, repeated=text_BT)
     names = {f.name for f in found if f.input == "bos_text"}
     assert {f.name for f in found if f.input == "text"} - names == {
         "stability_embedding",

@@ -17,6 +17,7 @@ from tests.train.handmade import (
     inputs_of,
     planted_sink,
     shifted_tokens,
+    shuffled_tokens,
     value,
     values,
 )
@@ -224,11 +225,16 @@ def test_every_kind_of_decoder_can_be_probed_again_with_the_same_findings(varian
     decoder = Decoder(DecoderConfig(**settings), attention, LENGTH).eval()
     text_BT = shifted_tokens(4)
     bos_text_BT = torch.cat([torch.zeros(4, 1, dtype=torch.int64), text_BT[:, :-1]], 1)
-    inputs = inputs_of(trained_with_bos=True, text=text_BT, bos_text=bos_text_BT)
+    tokens_BT = {"text": text_BT, "bos_text": bos_text_BT, "random": shuffled_tokens(4)}
+    inputs = inputs_of(trained_with_bos=True, **tokens_BT)
     for probe in (probe_mixing, probe_circuit, probe_interventions):
         findings = list(probe(decoder, inputs))
         assert all(type(f.value) is float and math.isfinite(f.value) for f in findings)
         places = [f[:2] + f[3:] for f in findings]
         assert len(set(places)) == len(places) > 0
+        # The metrics of a run tell a model's value from a position's by name.
+        with_position = {f.name for f in findings if f.position >= 0}
+        assert not with_position & {f.name for f in findings if f.position < 0}
+        assert {f.head for f in findings} == {-1}
         assert findings == list(probe(decoder, inputs))
     assert all(parameter.grad is None for parameter in decoder.parameters())

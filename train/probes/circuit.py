@@ -2,7 +2,7 @@
 
 Position 0 sees itself alone, so its attention output is larger than an average over many; the
 feed-forward makes that a large norm, on which later heads rest. Measured after each half of each
-block l, on ``text`` and ``bos_text``:
+block l, on ``text``, ``bos_text`` and ``random``:
 
     norm_ratio_embedding            ||h_0|| over the median norm of the prompt's other positions
     norm_ratio_after_attention      the same after the attention of layer l
@@ -27,11 +27,17 @@ The probe: position 0 against positions >= 4, Fisher's discriminant with equal c
 the means; fitted on the even prompts, accuracy on the odd. Positions 1 to 3 are left out,
 as they see few others too.
 
-Stability is of ``text`` alone: a BOS at position 0 sees only itself and is the same in all prompts,
+Tokens alone can tell position 0 apart and make it stable: many prompts of ``text`` begin documents,
+whose first words are like no others. How much tokens alone give is what ``separability_embedding``
+and ``stability_embedding`` show, before any attention (learned or sinusoidal positions are in them
+too). Those of ``random`` are drawn alike at every position, so the embedded tokens are at chance
+there and what the blocks add is position's doing. Read ``text`` beside it.
+
+``bos_text`` has no stability: a BOS at position 0 sees only itself and is the same in all prompts,
 so its cosine is 1 and its separability trivial, in any model.
 
-Cost: one forward pass of each of the two inputs on the first 64 prompts, with attention matrices,
-and 2 L + 1 linear systems of size C for each. 0.7 s of one core for the CPU preset.
+Cost: one forward pass of each of the three inputs on the first 64 prompts, with attention matrices,
+and 2 L + 1 linear systems of size C for each. 1.0 s of one core for the CPU preset.
 
 Axes: B rows, T positions, N samples, C width of the residual stream.
 """
@@ -65,7 +71,7 @@ mean would be that of the few dimensions with massive activations."""
 
 def probe_circuit(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
     """Norm jumps, separability and stability of position 0 (see the module's docstring)."""
-    for name in ("text", "bos_text"):
+    for name in ("text", "bos_text", "random"):
         if name not in inputs.prompts:
             continue
         run = trace(decoder, cut(inputs.prompts[name], ROWS))
@@ -74,7 +80,7 @@ def probe_circuit(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
             accuracy = separability(hidden_BTC)
             if accuracy is not None:
                 yield Finding(f"separability_{place}", name, accuracy, layer=layer)
-            if name != "text" or len(hidden_BTC) < 2:
+            if name == "bos_text" or len(hidden_BTC) < 2:
                 continue
             for position in (0, CONTROL):
                 cosine = pairwise_cosine(at_least_fp32(hidden_BTC[None, :, position])).item()
