@@ -29,6 +29,9 @@ from train.probes import PROBES
 from train.probes.of_runs import probe_run
 from train.runs import load_run
 
+SECONDS_BETWEEN_LINES = 10
+"""Between lines of progress where there is no terminal for a bar."""
+
 SHOWN = ("mass", "baseline", "rate_030", "rate_080", "rate_030_of_means")
 """Figures of a Hugging Face model that are printed."""
 
@@ -83,7 +86,9 @@ def probe_one(target: str, options, device: torch.device, console: Console) -> N
     made = with_bar(run, steps, probes, options, device, console)
     tables = len(steps) * len(probes)
     seconds = time.monotonic() - start
-    console.print(f"{run.path}: {made} of {tables} tables made in {seconds:.0f} s")
+    there = tables - made
+    done = f"{made} tables made in {seconds:.0f} s" if made else "nothing to do"
+    console.print(f"{run.path}: {done}" + (f", {there} were there" if there else ""))
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -135,6 +140,15 @@ def with_bar(
     hidden = not console.is_terminal
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden) as progress:
         task = progress.add_task(run.name)
+        told = time.monotonic()
+
+        def advance(what: str) -> None:
+            nonlocal told
+            progress.update(task, advance=1, description=what)
+            if hidden and time.monotonic() > told + SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                console.print(f"{run.path}: {what} done")
+
         return probe_run(
             run,
             probes,
@@ -143,7 +157,7 @@ def with_bar(
             steps=steps,
             cache_dir=options.cache_dir,
             begin=lambda total: progress.update(task, total=total),
-            advance=lambda what: progress.update(task, advance=1, description=what),
+            advance=advance,
         )
 
 

@@ -52,7 +52,8 @@ def arm_label(runs: Sequence[Run]) -> dict[Path, str]:
         told = [
             f"{name}={_told(value)}"
             for name, value in _comparable(run).items()
-            if name in different
+            # What isn't set is no part of a name.
+            if name in different and (value is not None or name != "init_from")
         ]
         labels[run.path] = ", ".join(told) or run.experiment
     return labels

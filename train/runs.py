@@ -141,6 +141,8 @@ class Run:
         A line that is being written is left out.
         """
         path = self.folder.metrics
+        if self.steps[1:] and not path.exists():
+            raise UserError(f"{self.path} must have its {path.name}: it has weights of later steps")
         text = path.read_bytes() if path.exists() else b""
         whole = text[: text.rfind(b"\n") + 1]
         if not whole:
@@ -174,7 +176,9 @@ class Run:
             step = steps[-1]
         if step not in steps:
             kept = ", ".join(map(str, steps)) or "none so far"
-            raise UserError(f"step must be one that {self.path} kept ({kept}) or last, got {step}")
+            raise UserError(
+                f"step must be one that {self.path} kept ({kept}) or last, got {step!r}"
+            )
         if step not in self._checkpoints:
             self._checkpoints[step] = Checkpoint(self, step)
         return self._checkpoints[step]
@@ -254,7 +258,11 @@ def _parts(paths: list[Path], columns: tuple[str, ...]) -> pd.DataFrame:
         try:
             tables.append(pd.read_parquet(path))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} must be an intact table: {_first_line(error)}") from error
+            again = ""
+            if path.parent.parent.name == "probes":
+                again = f" (python -m scripts.probe {path.parents[2]} makes it again)"
+            reason = type(error).__name__
+            raise UserError(f"{path} must be an intact table{again}, got {reason}") from error
     if not tables:
         return pd.DataFrame({name: pd.Series(dtype=object) for name in columns})
     return pd.concat(tables, ignore_index=True)

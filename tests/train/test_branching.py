@@ -108,7 +108,10 @@ WRONG = {
     "step not kept": ("init_from={parent}@77", "or last, got 77"),
     "depth": ("model.num_layers=3", "model.num_layers must be 2 as in init_from="),
     "heads of equal tensors": ("model.num_heads=4", "model.num_heads must be 2 as in init_from="),
-    "width inside": ("model.d_ff=64", "blocks.0.feed_forward.gate.weight is (128, 64) there, (64,"),
+    "width inside": (
+        "model.d_ff=64",
+        "blocks.0.feed_forward.gate.weight is (128, 128) there, (64,",
+    ),
     "missing weight": ("attention=sink_logit", "blocks.0.attention.logit_H is absent there"),
 }
 

@@ -70,8 +70,8 @@ def told(text: str, width: int = LEGEND_WIDTH) -> str:
 
 
 def axis_title(text: str, arms: Sequence[Arm]) -> str:
-    """An axis title, with a line of its own where proxies stand beside probabilities."""
-    return f"{text}<br>{proxy_mark(arms).strip()}" if proxy_mark(arms) else text
+    """An axis title that says so where proxies stand beside probabilities."""
+    return text + proxy_mark(arms)
 
 
 def group(arm: Arm) -> str:
