@@ -139,7 +139,14 @@ def test_memory_holds_a_few_shards_whatever_the_corpus(corpus, tokenizer, tmp_pa
     assert 3 * SHARD < largest < 10 * SHARD < total / 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,
+    ],
+)
 def test_workers_end_with_their_parent(corpus, tokenizer, tmp_path, number):
     """They hold its lock: a next build must not wait for them. It ends without waiting for them."""
     tokenizer.save(tmp_path / "tokenizer.json")

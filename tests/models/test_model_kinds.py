@@ -146,17 +146,28 @@ def test_contract(decoder_of, batch_of, tmp_path, kinds):
     check_contract(decoder_with(decoder_of, **kinds), batch_of(DOCUMENTS), tmp_path)
 
 
-# The kernels compute what `where` then drops; NumPy warns of it.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("kinds", ONE_BY_ONE, ids=named)
 def test_measures_what_the_reference_does(decoder_of, batch_of, kinds):
-    """On a CPU as it is chosen, and on Triton's kernels, in fp32 as their interpreter has it."""
+    """On a CPU as it is chosen."""
     decoder, batch = decoder_with(decoder_of, **kinds), batch_of(DOCUMENTS)
     wanted = forced(decoder, "reference")(batch, statistics="full")
     check_same(decoder(batch, statistics="full"), wanted, 1e-9)
-    if checks.INTERPRETED and {"attention", "position"} & set(kinds):
-        triton = forced(decoder, "triton").float()
-        check_same(triton(batch, statistics="full"), wanted, 2e-3)
+
+
+# The kernels have fast tests of their own.
+@pytest.mark.slow
+@pytest.mark.skipif(not checks.INTERPRETED, reason="needs Triton's interpreter")
+# The kernels compute what `where` then drops; NumPy warns of it.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize(
+    "kinds", [kinds for kinds in ONE_BY_ONE if {"attention", "position"} & set(kinds)], ids=named
+)
+def test_measures_on_triton_what_the_reference_does(decoder_of, batch_of, kinds):
+    """In fp32, as Triton's interpreter has it."""
+    decoder, batch = decoder_with(decoder_of, **kinds), batch_of(DOCUMENTS)
+    wanted = forced(decoder, "reference")(batch, statistics="full")
+    triton = forced(decoder, "triton").float()
+    check_same(triton(batch, statistics="full"), wanted, 2e-3)
 
 
 @pytest.mark.parametrize("kinds", [*ONE_BY_ONE, *switched()], ids=named)

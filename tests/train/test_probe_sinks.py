@@ -179,6 +179,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_kind_of_decoder_has_finite_findings_once(name):
     decoder = random_decoder(VARIANTS[name])

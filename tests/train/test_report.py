@@ -18,6 +18,9 @@ from train.report.gather import gather
 from train.report.record import draw_record
 from train.runs import load_run
 
+# Its runs are made once, by one worker.
+pytestmark = pytest.mark.xdist_group("report")
+
 STEPS = sorted({*np.geomspace(1, 3000, 40).astype(int).tolist()})
 
 

@@ -85,6 +85,7 @@ def test_a_run_leaves_every_file_of_its_folder(train, tmp_path, capsys):
     assert "unigram entropy" in printed and "experiment=bigram_backcopy" in printed
 
 
+@pytest.mark.slow
 def test_the_six_packings_run_as_a_sweep(cache_dir, tmp_path, monkeypatch):
     from train.__main__ import command
 
@@ -133,7 +134,7 @@ def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
     assert before == {name: (folders[name] / "metrics.csv").stat() for name in finished}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, workers):
     same = (*LONGER, "tracking.sinks_every=5", f"trainer.num_workers={workers}")
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
@@ -147,6 +148,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, wor
     assert len(starts) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_without_a_missing_or_doubled_row(train, cache_dir, tmp_path):
     same = (*LONGER, "trainer.max_steps=30")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
