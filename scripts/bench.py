@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from data.module import TokenDataModule
 from kernels.attention import StatisticsLevel
 from models.batch import PackedBatch
 from models.decoder import Decoder
 from train.config import RunConfig, compose
+from train.data import data_of
 from train.metrics import SinkTotals
 from train.mistakes import exit_code
 from train.module import summed_cross_entropy
@@ -75,13 +75,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options, overrides = parser.parse_known_args(arguments)
     config, _ = compose(overrides)
-    data = TokenDataModule(
-        config.corpus,
-        config.tokenizer,
-        config.packing,
-        cache_dir=config.cache_dir,
-        data_seed=config.data_seed,
-    )
+    data = data_of(config)
     data.setup()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steppers = [Stepper(config, data.vocab_size, level, device) for level in StatisticsLevel]

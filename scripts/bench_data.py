@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.module import TokenDataModule
 from data.packing import Packer
 from models.batch import PackedBatch
 from train.config import RunConfig, compose
+from train.data import data_of
 from train.mistakes import exit_code
 
 DEFAULTS = ["packing=document_pinned_bos", "packing.context=2048", "packing.batch_tokens=65536"]
@@ -46,14 +46,7 @@ def tokens_per_second(batches: Iterator[PackedBatch], seconds: float) -> list[fl
 
 def measure(config: RunConfig, num_workers: int, seconds: float) -> dict:
     """One row of the figures."""
-    data = TokenDataModule(
-        config.corpus,
-        config.tokenizer,
-        config.packing,
-        cache_dir=config.cache_dir,
-        data_seed=config.data_seed,
-        num_workers=num_workers,
-    )
+    data = data_of(config, num_workers=num_workers)
     rates = tokens_per_second(iter(data.train_dataloader()), seconds)
     return {
         "packer": config.packing.packer.value,

@@ -5,13 +5,13 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.attention.fused.tiles import TABLE
+from kernels.bench.environment import package_version
 from train.run_folder import PARENT, arm_hash, experiment_hash
 
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
@@ -30,7 +30,7 @@ def provenance(settings: dict, experiment: str, device: str, data: dict) -> dict
         "arm": arm_hash(settings),
         "git": _git_state(),
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in PACKAGES},
+        | {name: package_version(name) for name in PACKAGES},
         "device": device,
         "kernel_tiles_sha256": hashlib.sha256(TABLE.read_bytes()).hexdigest(),
         "threads": torch.get_num_threads(),
@@ -39,13 +39,6 @@ def provenance(settings: dict, experiment: str, device: str, data: dict) -> dict
         "parent": settings.get(PARENT),
         "data": data,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_state() -> dict[str, Any] | None:

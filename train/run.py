@@ -19,6 +19,7 @@ from train.callbacks.progress import ProgressDisplay
 from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
 from train.callbacks.sink_monitor import SinkMonitor
 from train.config import Accelerator, Precision, RunConfig, TrainerConfig
+from train.data import data_of
 from train.figures import draw_figures
 from train.loggers import MetricsCSV, WandbRun, build_wandb_logger, wandb_mode
 from train.metrics import HORIZON
@@ -65,15 +66,7 @@ def run(
         console.print(f"finished before: {folder.path}", highlight=False, soft_wrap=True)
         return
 
-    data = TokenDataModule(
-        config.corpus,
-        config.tokenizer,
-        config.packing,
-        cache_dir=config.cache_dir,
-        data_seed=config.data_seed,
-        num_workers=config.trainer.num_workers,
-        canonical_rows=config.tracking.canonical_rows,
-    )
+    data = data_of(config)
     accumulation = data.accumulation(world_size=1)
     start = time.perf_counter()
     data.setup()

@@ -28,6 +28,7 @@ from models.checkpoints import read_description
 from train.arms import arm_label, differences
 from train.checkpoint import Checkpoint
 from train.config import RunConfig, restored
+from train.data import data_of
 from train.kinds import GROUPS, told_kind
 from train.metrics import THRESHOLDS
 from train.run_folder import RunFolder, arm_hash
@@ -196,14 +197,7 @@ class Run:
         config = self.config
         where = Path(config.cache_dir if cache_dir is None else cache_dir)
         if where not in self._data:
-            data = TokenDataModule(
-                config.corpus,
-                config.tokenizer,
-                config.packing,
-                cache_dir=where,
-                data_seed=config.data_seed,
-                canonical_rows=config.tracking.canonical_rows,
-            )
+            data = data_of(config, cache_dir=where)
             data.setup()
             require(
                 data.sha256 == self.provenance["data"]["sha256"],

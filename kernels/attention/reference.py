@@ -32,6 +32,15 @@ MAX_BIAS_DISTANCE = 128
 """Distance from which on all keys share the last bucket of the relative bias."""
 
 
+def by_head(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q_BHTD, k_BHSD and v_BHSE: each query head with its own key head, in fp32 or better."""
+    dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
+    q_BHTD, k_BGSD, v_BGSE = (x.transpose(1, 2).to(dtype) for x in (q_BTHD, k_BSGD, v_BSGE))
+    heads_per_group = q_BHTD.shape[1] // k_BGSD.shape[1]
+    k_BHSD = k_BGSD.repeat_interleave(heads_per_group, dim=1)
+    return q_BHTD, k_BHSD, v_BGSE.repeat_interleave(heads_per_group, dim=1)
+
+
 def reference_attention(
     q_BTHD: Tensor,
     k_BSGD: Tensor,
@@ -45,11 +54,8 @@ def reference_attention(
     level: StatisticsLevel,
 ) -> tuple[Tensor, Tensor, Statistics | None, Tensor]:
     """Output, lse, statistics and probabilities ([B, H, T, S], the null slot left out)."""
-    dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
-    heads_per_group = q_BTHD.shape[2] // k_BSGD.shape[2]
-    q_BHTD = q_BTHD.transpose(1, 2).to(dtype)
-    k_BHSD = k_BSGD.transpose(1, 2).to(dtype).repeat_interleave(heads_per_group, dim=1)
-    v_BHSE = v_BSGE.transpose(1, 2).to(dtype).repeat_interleave(heads_per_group, dim=1)
+    q_BHTD, k_BHSD, v_BHSE = by_head(q_BTHD, k_BSGD, v_BSGE)
+    dtype = q_BHTD.dtype
 
     logits_BHTS = scale * (q_BHTD @ k_BHSD.mT)
     distance_TS = _distance_TS(q_BTHD.shape[1], q_BTHD.device)

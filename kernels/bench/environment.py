@@ -20,7 +20,7 @@ def environment(module: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if has_gpu else "cpu",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
@@ -29,7 +29,8 @@ def environment(module: str) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version; None if it isn't installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

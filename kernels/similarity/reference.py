@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.attention.reference import by_head
 from kernels.attention.statistics import Statistics, StatisticsLevel, statistics_of_probabilities
 from kernels.masks import DenseMask, IntervalMask
 from kernels.similarity.similarities import EPSILON, SMALLEST_SUM, Normalize, Similarity
@@ -37,11 +38,8 @@ def reference_similarity(
     level: StatisticsLevel,
 ) -> tuple[Tensor, Tensor, Statistics | None, Tensor]:
     """Output, row sums of the absolute weights, statistics and P, [B, H, T, S]."""
-    dtype = torch.promote_types(q_BTHD.dtype, torch.float32)
-    heads_per_group = q_BTHD.shape[2] // k_BTGD.shape[2]
-    q_BHTD = q_BTHD.transpose(1, 2).to(dtype)
-    k_BHSD = k_BTGD.transpose(1, 2).to(dtype).repeat_interleave(heads_per_group, dim=1)
-    v_BHSE = v_BTGE.transpose(1, 2).to(dtype).repeat_interleave(heads_per_group, dim=1)
+    q_BHTD, k_BHSD, v_BHSE = by_head(q_BTHD, k_BTGD, v_BTGE)
+    dtype = q_BHTD.dtype
 
     x_BHTS = scale * (q_BHTD @ k_BHSD.mT)
     if slopes_H is not None:

@@ -115,6 +115,28 @@ def gradients(out: Tensor, lse: Tensor, leaves: list[Tensor], through: str) -> l
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
 
 
+def on_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    """Fresh leaves of the same values."""
+    return {name: x.detach().to(device).requires_grad_() for name, x in tensors.items()}
+
+
+def prepared(
+    case: Case, tensors: dict[str, Tensor], tap: bool, device: str, settings: dict
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Leaves to differentiate by, and arguments of a call: the same but for Triton's slopes."""
+    leaves = on_device(tensors, device)
+    arguments = dict(leaves)
+    if settings.get("implementation") == "triton" and case.slopes:
+        leaves.pop("slopes_H")
+        arguments["slopes_H"] = arguments["slopes_H"].detach()
+    if tap:
+        B, T = case.mask.document_start_BT.shape
+        tap_dtype = torch.promote_types(tensors["q_BTHD"].dtype, torch.float32)
+        tap_BHS = torch.zeros(B, case.H, T, dtype=tap_dtype, device=device, requires_grad=True)
+        leaves["key_mass_tap_BHS"] = arguments["key_mass_tap_BHS"] = tap_BHS
+    return leaves, arguments
+
+
 def run(
     case: Case,
     dtype: torch.dtype,
@@ -124,19 +146,7 @@ def run(
     **settings,
 ):
     """``sink_attention`` on a case: everything it gives, gradients by argument name included."""
-    leaves = {
-        name: leaf.detach().to(device).requires_grad_()
-        for name, leaf in case.tensors(dtype).items()
-    }
-    arguments = dict(leaves)
-    if settings.get("implementation") == "triton" and case.slopes:
-        leaves.pop("slopes_H")
-        arguments["slopes_H"] = arguments["slopes_H"].detach()
-    if tap:
-        B, T = case.mask.document_start_BT.shape
-        tap_dtype = torch.promote_types(dtype, torch.float32)
-        tap_BHS = torch.zeros(B, case.H, T, dtype=tap_dtype, device=device, requires_grad=True)
-        leaves["key_mass_tap_BHS"] = arguments["key_mass_tap_BHS"] = tap_BHS
+    leaves, arguments = prepared(case, case.tensors(dtype), tap, device, settings)
     positional = [arguments.pop(name) for name in ("q_BTHD", "k_BTGD", "v_BTGE")]
     output = sink_attention(*positional, case.mask.to(device), **arguments, **settings)
     found = gradients(output.out_BTHE, output.lse_BHT, list(leaves.values()), through)
@@ -145,10 +155,7 @@ def run(
 
 def plain(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """out, and gradients through it, of attention as one would write it, all of it in ``dtype``."""
-    leaves = {
-        name: leaf.detach().to(device).requires_grad_()
-        for name, leaf in case.tensors(dtype).items()
-    }
+    leaves = on_device(case.tensors(dtype), device)
     q_BHTD, k_BHSD, v_BHSE = (leaves[name].transpose(1, 2) for name in list(leaves)[:3])
     k_BHSD, v_BHSE = (x.repeat_interleave(case.H // case.G, dim=1) for x in (k_BHSD, v_BHSE))
     visible_B1TS = case.mask.dense_BTS()[:, None].to(device)

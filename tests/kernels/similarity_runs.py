@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.similarity import similarity_attention
 from kernels.similarity.similarities import ALLOWED
 from tests.kernels.cases import Case
+from tests.kernels.runs import on_device, prepared
 
 KINDS = [(similarity, normalize) for similarity in ALLOWED for normalize in ALLOWED[similarity]]
 
@@ -112,19 +113,7 @@ def run(
     **settings,
 ):
     """All that a call gives, with the row sums as ``lse_BHT``, and gradients by argument name."""
-    leaves = {
-        name: x.detach().to(device).requires_grad_()
-        for name, x in tensors(case, kind, dtype).items()
-    }
-    arguments = dict(leaves)
-    if settings.get("implementation") == "triton" and case.slopes:
-        leaves.pop("slopes_H")
-        arguments["slopes_H"] = arguments["slopes_H"].detach()
-    if tap:
-        B, T = case.mask.document_start_BT.shape
-        tap_dtype = torch.promote_types(dtype, torch.float32)
-        tap_BHS = torch.zeros(B, case.H, T, dtype=tap_dtype, device=device, requires_grad=True)
-        leaves["key_mass_tap_BHS"] = arguments["key_mass_tap_BHS"] = tap_BHS
+    leaves, arguments = prepared(case, tensors(case, kind, dtype), tap, device, settings)
     output = similarity_attention(
         **arguments,
         mask=case.mask.to(device),
@@ -144,10 +133,7 @@ def run(
 
 def plain(case: Case, kind: tuple[str, str], dtype: torch.dtype, device: str = "cpu"):
     """out, and gradients through it, as one would write them, all of it in ``dtype``."""
-    leaves = {
-        name: x.detach().to(device).requires_grad_()
-        for name, x in tensors(case, kind, dtype).items()
-    }
+    leaves = on_device(tensors(case, kind, dtype), device)
     q_BHTD, k_BHSD, v_BHSE = (leaves[name].transpose(1, 2) for name in list(leaves)[:3])
     k_BHSD, v_BHSE = (x.repeat_interleave(case.H // case.G, dim=1) for x in (k_BHSD, v_BHSE))
     visible_B1TS = case.mask.dense_BTS()[:, None].to(device)

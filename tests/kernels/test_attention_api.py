@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import StatisticsLevel, api, checks, sink_attention
 from kernels.errors import UserError
 from kernels.masks import DenseMask, IntervalMask
+from tests.kernels.refusals import check_refusals
 
 # Triton's interpreter computes what `where` then drops; NumPy warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -173,23 +174,11 @@ def test_wrong_dtypes_are_named():
 def test_triton_names_what_it_lacks(monkeypatch):
     """A forced choice that can't run says why, whether the tensors or the machine are at fault."""
 
-    def refusal(dtype=torch.float32) -> str:
+    def call(dtype: torch.dtype) -> None:
         tensors = {name: x.to(dtype) for name, x in inputs().items()}
-        with pytest.raises(UserError) as caught:
-            sink_attention(**tensors, mask=packed(), implementation="triton")
-        return str(caught.value)
+        sink_attention(**tensors, mask=packed(), implementation="triton")
 
-    start = "attention.implementation triton can't run"
-    monkeypatch.setattr(checks, "HAS_TRITON", True)
-    monkeypatch.setattr(checks, "INTERPRETED", True)
-    assert refusal(torch.float64) == f"{start} torch.float64; use reference"
-    assert refusal(torch.bfloat16) == (
-        f"{start} torch.bfloat16 in Triton's interpreter, which computes it wrongly; use reference"
-    )
-    monkeypatch.setattr(checks, "INTERPRETED", False)
-    assert refusal() == f"{start} tensors on cpu; use reference"
-    monkeypatch.setattr(checks, "HAS_TRITON", False)
-    assert refusal() == f"{start} without the package triton; use reference"
+    check_refusals(monkeypatch, call)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from kernels.attention import checks
 from kernels.errors import UserError
 from kernels.masks import IntervalMask
 from kernels.similarity import Normalize, Similarity, api, similarity_attention
+from tests.kernels.refusals import check_refusals
 from tests.kernels.similarity_runs import KINDS
 
 # Triton's interpreter computes what `where` then drops; NumPy warns of it.
@@ -128,24 +129,12 @@ def test_a_wrong_argument_is_named_in_one_line(wrong, monkeypatch):
 
 
 def test_triton_names_what_it_lacks(monkeypatch):
-    def refusal(dtype=torch.float32) -> str:
+    def call(dtype: torch.dtype) -> None:
         tensors = {name: x.to(dtype) for name, x in inputs().items()}
         kind = {"similarity": "elu", "normalize": "sum"}
-        with pytest.raises(UserError) as caught:
-            similarity_attention(**tensors, mask=packed(), implementation="triton", **kind)
-        return str(caught.value)
+        similarity_attention(**tensors, mask=packed(), implementation="triton", **kind)
 
-    start = "attention.implementation triton can't run"
-    monkeypatch.setattr(checks, "HAS_TRITON", True)
-    monkeypatch.setattr(checks, "INTERPRETED", True)
-    assert refusal(torch.float64) == f"{start} torch.float64; use reference"
-    assert refusal(torch.bfloat16) == (
-        f"{start} torch.bfloat16 in Triton's interpreter, which computes it wrongly; use reference"
-    )
-    monkeypatch.setattr(checks, "INTERPRETED", False)
-    assert refusal() == f"{start} tensors on cpu; use reference"
-    monkeypatch.setattr(checks, "HAS_TRITON", False)
-    assert refusal() == f"{start} without the package triton; use reference"
+    check_refusals(monkeypatch, call)
 
 
 def test_auto_takes_the_reference_on_a_cpu(caplog, monkeypatch):

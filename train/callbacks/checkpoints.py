@@ -14,12 +14,13 @@ from kernels.errors import UserError
 from models.batch import PackedBatch
 from models.checkpoints import save_model
 from train.callbacks.sink_monitor import SinkMonitor
+from train.callbacks.step_callback import StepCallback
 from train.module import PretrainModule
 from train.run_folder import RunFolder
 from train.tracking import TrackingConfig, checkpoint_steps
 
 
-class CheckpointSchedule(Checkpoint):
+class CheckpointSchedule(StepCallback, Checkpoint):
     """``checkpoints/step_00000128/`` at the steps of ``checkpoint_steps``; all are kept.
 
     ``last.ckpt`` is replaced every ``tracking.last_every`` steps and at the end.
@@ -42,17 +43,8 @@ class CheckpointSchedule(Checkpoint):
         if trainer.global_step == 0:
             self.keep(trainer, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         step = trainer.global_step
-        if not pl_module.finished_step:
-            return
         if step in self.steps:
             self.keep(trainer, pl_module)
         if step % self.config.last_every == 0 or step == self.max_steps:

@@ -1,17 +1,16 @@
 """Stops a run whose loss or gradients are no numbers any more, before anything of it is kept."""
 
-from typing import Any
-
 import lightning as L
 
 from kernels.errors import UserError
 from models.batch import PackedBatch
+from train.callbacks.step_callback import StepCallback
 from train.module import PretrainModule
 from train.run_folder import RunFolder
 from train.tracking import TrackingConfig, checkpoint_steps
 
 
-class FiniteCheck(L.Callback):
+class FiniteCheck(StepCallback):
     """Reads the module's flag at steps that log or keep something, so no other step waits for it.
 
     Raises ``UserError`` naming the first bad step, its rows of the stream and what is kept from
@@ -27,15 +26,8 @@ class FiniteCheck(L.Callback):
         self.rows_per_step = rows_per_step
         self.steps = set(checkpoint_steps(config, max_steps))
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
-        if pl_module.finished_step and self._is_due(trainer.global_step):
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
+        if self._is_due(trainer.global_step):
             self.check(int(pl_module.first_bad_step))
 
     def _is_due(self, step: int) -> bool:

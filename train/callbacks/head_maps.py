@@ -1,11 +1,10 @@
 """Pictures of the sinks by layer and head for W&B, at every validation."""
 
-from typing import Any
-
 import lightning as L
 
 from models.batch import PackedBatch
 from train.callbacks.recording import Validation
+from train.callbacks.step_callback import StepCallback
 from train.evaluation import Evaluation
 from train.figures import head_map_picture
 from train.loggers import WandbRun
@@ -13,7 +12,7 @@ from train.module import PretrainModule
 from train.wandb_names import heads_key
 
 
-class HeadMaps(L.Callback):
+class HeadMaps(StepCallback):
     """``figures/heads_t64_text`` and ``..._bos_text``: alpha of the first key, layers x heads, on
     the 64-token prompts of ``probe/...``.
 
@@ -28,14 +27,7 @@ class HeadMaps(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.draw(trainer, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         self.draw(trainer, pl_module)
 
     def draw(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:

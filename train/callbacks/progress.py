@@ -1,7 +1,6 @@
 """What one sees while a run trains: a bar on a terminal, a line now and then elsewhere."""
 
 import time
-from typing import Any
 
 import lightning as L
 from rich.console import Console
@@ -9,13 +8,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.batch import PackedBatch
 from train.callbacks.recording import RowWriter
+from train.callbacks.step_callback import StepCallback
 from train.module import PretrainModule
 
 LINES = 20
 """Lines printed over a run where there is no terminal."""
 
 
-class ProgressDisplay(L.Callback):
+class ProgressDisplay(StepCallback):
     """Step, loss, tokens a second, and the first key's mass beside its uniform baseline.
 
     Reads the latest written row only, so it never waits for the device.
@@ -47,16 +47,9 @@ class ProgressDisplay(L.Callback):
             )
             self.bar.start()
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or not pl_module.finished_step:
+        if not trainer.is_global_zero:
             return
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=self.figures())

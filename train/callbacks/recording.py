@@ -1,7 +1,6 @@
 """Callbacks that measure a step and write its row; their order in the trainer is the order here."""
 
 import time
-from typing import Any
 
 import lightning as L
 import torch
@@ -10,6 +9,7 @@ from lightning.fabric.utilities.throughput import Throughput, get_available_flop
 from data.module import TokenDataModule
 from models.batch import PackedBatch
 from models.decoder import Decoder
+from train.callbacks.step_callback import StepCallback
 from train.evaluation import Evaluation, evaluate
 from train.module import PretrainModule
 from train.probes import ProbeInputs
@@ -31,7 +31,7 @@ def flops_per_token(decoder: Decoder, context: int) -> int:
     return 6 * weights + 6 * attention
 
 
-class ThroughputMonitor(L.Callback):
+class ThroughputMonitor(StepCallback):
     """``perf/tokens_per_second`` and, on a GPU whose peak is known, ``perf/mfu``.
 
     Means since the last record, all ranks together, waiting for data included, validation and
@@ -52,16 +52,7 @@ class ThroughputMonitor(L.Callback):
         self.first_step, self.start = trainer.global_step, _training_seconds(pl_module)
         self.throughput.update(time=0.0, batches=0, samples=0, lengths=0, flops=0)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
-        if not pl_module.finished_step:
-            return
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         steps = trainer.global_step - self.first_step
         tokens = steps * pl_module.tokens_per_step
         self.throughput.update(
@@ -86,7 +77,7 @@ def _matmul_dtype(trainer: L.Trainer) -> torch.dtype:
     return torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
 
 
-class Validation(L.Callback):
+class Validation(StepCallback):
     """Held-out losses, sinks and ``tracking.probes`` every ``tracking.validate_every`` steps.
 
     The first and the last step are among them.
@@ -106,17 +97,9 @@ class Validation(L.Callback):
         if trainer.global_step == 0:
             self.validate(pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         step = trainer.global_step
-        due = step % self.config.validate_every == 0 or step == self.max_steps
-        if pl_module.finished_step and due:
+        if step % self.config.validate_every == 0 or step == self.max_steps:
             self.validate(pl_module)
 
     def validate(self, pl_module: PretrainModule) -> None:
@@ -136,7 +119,7 @@ class Validation(L.Callback):
         pl_module.record(self.latest.metrics)
 
 
-class RowWriter(L.Callback):
+class RowWriter(StepCallback):
     """Adds loss, learning rate and what was seen of the data every ``tracking.log_every`` steps and
     at the end; sends rows off.
     """
@@ -149,16 +132,7 @@ class RowWriter(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.write(trainer, pl_module)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
-        if not pl_module.finished_step:
-            return
+    def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         due = trainer.global_step % self.config.log_every == 0
         if due or trainer.global_step == trainer.max_steps:
             # The sums go on after an odd last step, for a run that is resumed to be longer.
