@@ -23,7 +23,6 @@ from tests.huggingface_models import (
     write_texts,
 )
 from train.metrics import THRESHOLDS
-from train.module import summed_cross_entropy
 from train.probes.huggingface import (
     HUGGINGFACE_COLUMNS,
     huggingface_sinks,
@@ -156,6 +155,20 @@ def test_the_table_of_a_llama_equals_the_released_formula(texts, tmp_path):
     assert (again["value"] - table["value"]).abs().max() < 1e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_a_cpu_does(texts, tmp_path):
+    folder = save_model(tmp_path / "llama", CONFIGS["llama"], byte_tokenizer())
+    of_cpu, of_gpu = (
+        huggingface_sinks(folder, texts, rows=ROWS, cache_dir=tmp_path, device=device)
+        for device in ("cpu", "cuda")
+    )
+    masses = of_cpu["name"] == "mass"
+    difference = (of_cpu["value"] - of_gpu["value"]).abs()
+    assert masses.any() and difference[masses].max() < 2e-3
+    assert (difference < 2e-3).mean() > 0.99
+
+
 @torch.no_grad()
 def check_norms(figures, folder, tokens_BT):
     """Ratios from transformers' hidden states, and from what the value projections give."""
@@ -195,7 +208,7 @@ def trained_decoder(steps=60):
             mask=IntervalMask.from_documents(document_BT),
             num_labels=torch.tensor(16 * 64),
         )
-        loss = summed_cross_entropy(decoder(batch).logits_BTV, batch.labels_BT) / batch.num_labels
+        loss = decoder.loss(batch).loss / batch.num_labels
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -32,7 +32,7 @@ def run(kept_run, tmp_path):
 
 def probed(run):
     table = run.probes()
-    return table.sort_values(list(PROBE_COLUMNS[:-2]), ignore_index=True)
+    return table.sort_values(list(PROBE_COLUMNS[:-3]), ignore_index=True)
 
 
 class Killed(Exception):
@@ -45,7 +45,7 @@ def test_every_probe_of_every_checkpoint_once(run, capsys):
     assert list(first.columns) == list(PROBE_COLUMNS)
     assert set(first["probe"]) == set(PROBES) and set(first["step"]) == {0, 4, 8}
     assert first["value"].notna().all() and len(set(first["probe_set"])) == 1
-    keys = list(PROBE_COLUMNS[:-2])
+    keys = list(PROBE_COLUMNS[:-3])
     assert not first.duplicated(keys).any()
     assert f"{3 * len(PROBES)} tables made in" in capsys.readouterr().out
     main([str(run.path), "--rows", "4"])
@@ -75,6 +75,23 @@ def test_killed_in_the_middle_it_ends_with_the_same_table(run):
     shutil.rmtree(run.folder.probes)
     assert probe_run(run, names, rows=4, device=device) == 9
     pd.testing.assert_frame_equal(probed(run), interrupted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_a_cpu_does(run):
+    tables = []
+    for device in ("cpu", "cuda"):
+        probe_run(run, list(PROBES), rows=4, device=torch.device(device))
+        tables.append(probed(run))
+        shutil.rmtree(run.folder.probes)
+    of_cpu, of_gpu = tables
+    pd.testing.assert_frame_equal(*(t.drop(columns="value") for t in tables))
+    difference = (of_cpu["value"] - of_gpu["value"]).abs() / (1 + of_cpu["value"].abs())
+    # A few counts over a threshold may flip.
+    assert (difference < 2e-3).mean() > 0.99, of_gpu.assign(of_cpu=of_cpu["value"])[
+        difference >= 2e-3
+    ].to_string()
 
 
 def test_other_weights_are_probed_anew(run):

@@ -32,7 +32,7 @@ from torch import Tensor
 from models.decoder import Decoder
 from models.norms import at_least_fp32
 from train.probes.base import Finding, ProbeInputs
-from train.probes.trace import cut, norms_BT, trace
+from train.probes.trace import cut, lower_median, norms_BT, trace
 
 PROMPTS = 32
 """Prompts that are looked at: norms vary little among them."""
@@ -71,7 +71,7 @@ def _of_hidden(hidden_BTC: Tensor) -> dict[str, float]:
     centred_BX = x_BX - x_BX.mean(1, keepdim=True)
     variance_B = centred_BX.square().mean(1)
     kurtosis_B = centred_BX.pow(4).mean(1) / _positive(variance_B.square()) - 3
-    largest_B = size_BX.amax(1) / _positive(size_BX.median(1).values)
+    largest_B = size_BX.amax(1) / _positive(lower_median(size_BX))
     return {
         "hidden_ratio": _first_over_others(norms_BT(hidden_BTC)).mean().item(),
         "largest_over_median": largest_B.mean().item(),

@@ -157,5 +157,13 @@ def norm_ratio_B(hidden_BTC: Tensor, position: int) -> Tensor:
     """Norm at ``position`` over the median norm of the row's other positions."""
     norm_BT = norms_BT(hidden_BTC)
     others = [t for t in range(norm_BT.shape[1]) if t != position]
-    median_B = norm_BT[:, others].median(dim=1).values
+    median_B = lower_median(norm_BT[:, others])
     return norm_BT[:, position] / median_B.clamp(min=torch.finfo(norm_BT.dtype).tiny)
+
+
+def lower_median(x_BX: Tensor) -> Tensor:
+    """[B], the median of each row, the lower one of two, as ``torch.median`` takes it.
+
+    That function's indices are none that deterministic algorithms could give on a GPU.
+    """
+    return x_BX.sort(dim=1).values[:, (x_BX.shape[1] - 1) // 2]
