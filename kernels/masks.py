@@ -185,10 +185,14 @@ class IntervalMask:
         visible_BT = interval_sees(self.start_BT, self.stop_BT, self.pinned, key_BT)
         return visible_BT & (key_BT >= 0)
 
+    def sees_leading_BTP(self, keys: int) -> Tensor:
+        """bool: which of the first ``keys`` keys each query sees."""
+        key_P = _positions_T(self.start_BT)[:keys]
+        return interval_sees(self.start_BT[..., None], self.stop_BT[..., None], self.pinned, key_P)
+
     def dense_BTS(self) -> Tensor:
         """bool: the mask written out."""
-        key_S = _positions_T(self.start_BT)
-        return interval_sees(self.start_BT[..., None], self.stop_BT[..., None], self.pinned, key_S)
+        return self.sees_leading_BTP(self.num_tokens)
 
     def to_dense(self) -> DenseMask:
         """The same mask as a dense one, for interventions."""
@@ -318,6 +322,10 @@ class DenseMask:
         """bool: whether query (b, i) sees key ``key_BT[b, i]``; False for a key below 0."""
         index_BT1 = key_BT.clamp(min=0).long()[..., None]
         return (key_BT >= 0) & self.visible_BTS.gather(2, index_BT1).squeeze(2)
+
+    def sees_leading_BTP(self, keys: int) -> Tensor:
+        """bool: which of the first ``keys`` keys each query sees."""
+        return self.visible_BTS[..., :keys]
 
     def dense_BTS(self) -> Tensor:
         """bool: the mask itself."""

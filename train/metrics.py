@@ -265,11 +265,8 @@ def _uniform_share(mask: IntervalMask | DenseMask, has_slot: bool) -> Tensor:
 def _uniform_mass(mask: IntervalMask | DenseMask, positions: int, has_slot: bool) -> Tensor:
     """Attention each leading key would get in all if every query attended uniformly, [B, P]."""
     share_BT = _uniform_share(mask, has_slot)
-    masses = []
-    for position in range(min(positions, mask.num_tokens)):
-        key_BT = torch.full_like(mask.document_start_BT, position)
-        masses.append((mask.sees_BT(key_BT) * share_BT).sum(1))
-    return torch.stack(masses, dim=1)
+    sees_BTP = mask.sees_leading_BTP(min(positions, mask.num_tokens))
+    return (sees_BTP * share_BT[..., None]).sum(1)
 
 
 def layer_sums(
