@@ -12,10 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.cross_entropy import IGNORE_LABEL
 from kernels.masks import IntervalMask
-
-IGNORE_LABEL = -100
-"""Label of a position that takes no loss (the default of ``torch.nn.functional.cross_entropy``)."""
 
 
 class RowCursor(NamedTuple):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Statistics
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.errors import require
 from kernels.masks import IntervalMask
 from models.attention import ATTENTIONS, AttentionConfig, LayerInputs, attention_name
@@ -105,6 +106,9 @@ class DecoderConfig:
     initialization: str = "normal"
     """Initial weights: a name in INITIALIZATIONS."""
 
+    fp32_residual: bool = False
+    """Keep the residual stream in fp32 where the rest is bf16 (trainer.precision), not bf16 too."""
+
     def __post_init__(self):
         counts = ("num_layers", "d_model", "num_heads", "d_ff", "vocab_multiple", "max_positions")
         for field in counts:
@@ -179,6 +183,13 @@ class DecoderOutput(NamedTuple):
     """logits_BTV, V the vocabulary without padding, and a record of each layer."""
 
     logits_BTV: Tensor
+    layers: tuple[LayerRecord, ...]
+
+
+class DecoderLoss(NamedTuple):
+    """loss, the summed cross-entropy in nats (fp32 or fp64), and a record of each layer."""
+
+    loss: Tensor
     layers: tuple[LayerRecord, ...]
 
 
@@ -298,18 +309,51 @@ class Decoder(nn.Module):
 
         Raises ``UserError`` for overrides of layers that don't exist or of another shape.
         """
+        x_BTC, layers = self._blocks(batch, overrides, statistics, key_mass_taps)
+        logits_BTV = F.linear(x_BTC, self._unembedding_VC)[..., : self.vocab_size]
+        return DecoderOutput(logits_BTV, layers)
+
+    def loss(
+        self,
+        batch: PackedBatch,
+        overrides: Mapping[int, LayerOverride] | None = None,
+        *,
+        statistics: str = "basic",
+        key_mass_taps: Sequence[Tensor] | None = None,
+    ) -> DecoderLoss:
+        """Cross-entropy summed over the batch's labels, for which not all logits are kept.
+
+        Everything else is as in ``forward``.
+        """
+        x_BTC, layers = self._blocks(batch, overrides, statistics, key_mass_taps)
+        loss = linear_cross_entropy(
+            x_BTC.to(_compute_dtype(x_BTC)).flatten(0, 1),
+            self._unembedding_VC,
+            batch.labels_BT.flatten(),
+            vocab_size=self.vocab_size,
+        )
+        return DecoderLoss(loss, layers)
+
+    def _blocks(
+        self,
+        batch: PackedBatch,
+        overrides: Mapping[int, LayerOverride] | None,
+        statistics: str,
+        key_mass_taps: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, tuple[LayerRecord, ...]]:
+        """What the unembedding reads, [B, T, C], and a record of each layer."""
         if overrides is not None:
             check_overrides(overrides, len(self.blocks))
         masks = self.layer_masks(batch.mask)
         positions_BT, sink_11C = batch.positions_BT, None
         if self.sink_token is not None:
             first_11 = torch.zeros_like(positions_BT[:1, :1])
-            sink_11C = self.position.embed(self.sink_token(first_11), first_11)
+            sink_11C = self._residual(self.position.embed(self.sink_token(first_11), first_11))
             positions_BT = positions_BT + 1
         rotation = self.position.rotation(positions_BT, self._precision)
         slopes_H = self.position.slopes(batch.tokens_BT.device)
 
-        x_BTC = self.position.embed(self.embedding(batch.tokens_BT), positions_BT)
+        x_BTC = self._residual(self.position.embed(self.embedding(batch.tokens_BT), positions_BT))
         records = []
         for layer, block in enumerate(self.blocks):
             inputs = LayerInputs(
@@ -325,9 +369,15 @@ class Decoder(nn.Module):
             records.append(record)
             if sink_11C is not None:
                 sink_11C = block.alone(sink_11C)
-        weight_VC = (self.embedding if self.unembedding is None else self.unembedding).weight
-        logits_BTV = F.linear(self.norm(x_BTC), weight_VC)[..., : self.vocab_size]
-        return DecoderOutput(logits_BTV, tuple(records))
+        return self.norm(x_BTC), tuple(records)
+
+    def _residual(self, x_BTC: Tensor) -> Tensor:
+        """The embedded tokens in the residual stream's dtype, which the blocks then keep."""
+        return x_BTC if self.config.fp32_residual else x_BTC.to(_compute_dtype(x_BTC))
+
+    @property
+    def _unembedding_VC(self) -> Tensor:
+        return (self.embedding if self.unembedding is None else self.unembedding).weight
 
     def layer_masks(self, mask: IntervalMask) -> list[IntervalMask]:
         """What each layer sees of a batch's mask; layers with the same window share one object."""
@@ -365,3 +415,10 @@ class Decoder(nn.Module):
     def _precision(self) -> torch.dtype:
         """fp64 for an fp64 model, else fp32: of angles, norms and statistics."""
         return torch.promote_types(self.embedding.weight.dtype, torch.float32)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What linear layers compute ``x`` in: autocast's dtype, or x's own without autocast."""
+    device = x.device.type
+    is_lowered = torch.is_autocast_enabled(device) and x.dtype == torch.float32
+    return torch.get_autocast_dtype(device) if is_lowered else x.dtype

@@ -25,7 +25,6 @@ from train.config import RunConfig, compose
 from train.data import data_of
 from train.metrics import SinkTotals
 from train.mistakes import exit_code
-from train.module import summed_cross_entropy
 from train.optimizers import build_optimizer
 
 WARM_UP = 5
@@ -50,8 +49,8 @@ class Stepper:
         taps = [] if self.level is StatisticsLevel.off else self.decoder.key_mass_taps(batch)
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=batch.tokens_BT.is_cuda)
         with autocast:
-            output = self.decoder(batch, statistics=self.level, key_mass_taps=taps or None)
-        loss = summed_cross_entropy(output.logits_BTV, batch.labels_BT) / batch.num_labels
+            output = self.decoder.loss(batch, statistics=self.level, key_mass_taps=taps or None)
+        loss = output.loss / batch.num_labels
         loss.backward()
         if taps:
             measured = [

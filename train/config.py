@@ -47,6 +47,8 @@ class TrainerConfig:
     """Where to train; auto takes a GPU when there is one."""
     precision: Precision = Precision.auto
     """Arithmetic of forward and backward; auto = bf16 mixed precision on GPUs, fp32 on CPUs."""
+    compile: bool | None = None
+    """Compile the forward and backward pass; null = on GPUs."""
     num_workers: int = 0
     """Processes that make batches; 0 makes them in the training process."""
     deterministic: bool = True

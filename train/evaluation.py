@@ -23,7 +23,6 @@ from kernels.masks import IntervalMask
 from models.batch import IGNORE_LABEL, PackedBatch
 from models.decoder import Decoder
 from train.metrics import HORIZON, SinkTotals
-from train.module import summed_cross_entropy
 from train.sink_table import sink_metrics
 
 
@@ -94,10 +93,10 @@ def _mean_loss(
     for batch in batches:
         labels += int((batch.labels_BT != IGNORE_LABEL).sum())
         batch = batch.to(device)
-        output = decoder(batch, statistics="off" if totals is None else "basic")
-        loss += summed_cross_entropy(output.logits_BTV, batch.labels_BT)
+        batch_loss, layers = decoder.loss(batch, statistics="off" if totals is None else "basic")
+        loss += batch_loss
         if totals is not None:
-            statistics = [record.statistics for record in output.layers]
+            statistics = [record.statistics for record in layers]
             masks = decoder.layer_masks(batch.mask)
             totals.add(statistics, masks, batch.begins_BT, positions=HORIZON)
     return loss.item() / labels

@@ -78,6 +78,7 @@ def run(
         total_steps,
         config.tracking.statistics,
         config.packing.batch_tokens,
+        compiled=_is_compiled(config.trainer.compile, accelerator),
     )
     _check_positions(module.decoder, config.packing.context)
     allowed = f"must be [] for packing.context < {HORIZON}"
@@ -130,6 +131,9 @@ def run(
         limit_val_batches=0,
         default_root_dir=folder.path,
     )
+    # Lightning's deterministic mode fills every new tensor with NaN, which shows reads of what was
+    # never written (tests do that), and takes a pass over memory for each.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     started = time.perf_counter()
     ckpt_path = str(folder.last) if resuming else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -162,6 +166,10 @@ def _device(trainer: TrainerConfig) -> tuple[str, str]:
     if precision is Precision.auto:
         precision = Precision.bf16 if accelerator is Accelerator.gpu else Precision.fp32
     return accelerator.value, {Precision.bf16: "bf16-mixed", Precision.fp32: "32-true"}[precision]
+
+
+def _is_compiled(asked: bool | None, accelerator: str) -> bool:
+    return accelerator == "gpu" if asked is None else asked
 
 
 def _callbacks(

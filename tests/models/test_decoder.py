@@ -139,15 +139,17 @@ def test_lower_precision_agrees_with_fp64(decoder_of, batch_of, dtype):
         assert value.dtype == torch.float32
 
 
-def test_autocast_keeps_the_residual_stream_in_fp32(decoder_of, batch_of):
-    decoder, batch, states = decoder_of(dtype=torch.float32), batch_of(PADDED), []
+@pytest.mark.parametrize("fp32_residual", [False, True])
+def test_the_residual_stream_under_autocast(decoder_of, batch_of, fp32_residual):
+    decoder = decoder_of(dtype=torch.float32, fp32_residual=fp32_residual)
+    batch, states = batch_of(PADDED), []
     exact_BTV = decoder(batch).logits_BTV
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(decoder, batch)
         read = LayerOverride(output=lambda x_BTC: states.append(x_BTC) or x_BTC)
         logits_BTV = decoder(batch, {2: read}).logits_BTV
     loss.backward()
-    assert states[0].dtype == torch.float32
+    assert states[0].dtype == (torch.float32 if fp32_residual else torch.bfloat16)
     assert logits_BTV.dtype == torch.bfloat16
     assert (logits_BTV - exact_BTV).norm() / exact_BTV.norm() < 20 * torch.finfo(torch.bfloat16).eps
     assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.parameters())

@@ -12,7 +12,6 @@ from kernels.errors import UserError
 from train.arms import arm_label
 from train.branching import split_init_from
 from train.config import compose
-from train.module import summed_cross_entropy
 from train.run_folder import arm_hash, experiment_hash, run_name
 from train.runs import Run, load_run
 
@@ -57,8 +56,7 @@ def test_a_branchs_first_step_is_the_parents_weights_on_its_own_rows(branch, par
     assert data.packing.bos == "none"
     batch = next(iter(data.train_dataloader()))
     with torch.no_grad():
-        logits_BTV = parent.at(4).model(batch, statistics="off").logits_BTV
-    loss = summed_cross_entropy(logits_BTV, batch.labels_BT) / batch.num_labels
+        loss = parent.at(4).model.loss(batch, statistics="off").loss / batch.num_labels
     assert row(branch, 1)["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     ours, theirs = (run.at(step).model.state_dict() for run, step in ((branch, 0), (parent, 4)))
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())

@@ -21,11 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from models.batch import IGNORE_LABEL, PackedBatch
+from models.batch import IGNORE_LABEL
 from models.decoder import Decoder
-from train.module import summed_cross_entropy
 from train.probes.base import Finding, ProbeInputs
 from train.probes.trace import everywhere, hide_first
 
@@ -38,16 +36,13 @@ def probe_losses(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
         if name not in inputs.prompts:
             continue
         batch = inputs.prompts[name]
-        plain[name] = _loss(decoder(batch, statistics="off").logits_BTV, batch)
-        seen = _loss(decoder(batch, everywhere(decoder)).logits_BTV, batch)
-        hidden = _loss(decoder(batch, everywhere(decoder, mask=hide_first)).logits_BTV, batch)
+        num_labels = int((batch.labels_BT != IGNORE_LABEL).sum())
+        plain[name], seen, hidden = (
+            decoder.loss(batch, overrides, statistics="off").loss.item() / num_labels
+            for overrides in (None, everywhere(decoder), everywhere(decoder, mask=hide_first))
+        )
         yield Finding("loss", name, plain[name])
         yield Finding("loss_hidden_first", name, hidden)
         yield Finding("cost_hidden_first", name, hidden - seen)
     if "bos_text" in plain:
         yield Finding("cost_without_bos", "text", plain["text"] - plain["bos_text"])
-
-
-def _loss(logits_BTV: Tensor, batch: PackedBatch) -> float:
-    num_labels = int((batch.labels_BT != IGNORE_LABEL).sum())
-    return summed_cross_entropy(logits_BTV, batch.labels_BT).item() / num_labels

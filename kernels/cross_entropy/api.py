@@ -1,0 +1,75 @@
+"""Loss of the next token from the last hidden states, without keeping all their logits.
+
+Axes: N tokens, C width of the residual stream, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention import checks
+from kernels.errors import UserError, require
+
+IGNORE_LABEL = -100
+"""Label of a position that takes no loss (the default of ``torch.nn.functional.cross_entropy``)."""
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+def linear_cross_entropy(
+    x_NC: Tensor,
+    weight_VC: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """sum_n -log softmax(W x_n)[label_n] in nats over the labelled tokens: a scalar, fp32 or fp64.
+
+    Logits are made in x's dtype, whatever the weight's. vocab_size: rows of W that have a logit,
+    the first ones; the rest pad. labels_N: int64, ``IGNORE_LABEL`` for no loss.
+
+    ``triton`` makes the logits of a slice of tokens at a time and leaves their gradient in their
+    place, so that the gradients of x and W are ready before the backward pass, which scales them;
+    they come from logits' gradients in x's dtype, as autocast makes them. W's is summed in fp32.
+    ``reference`` is plain PyTorch; ``auto`` takes ``triton`` on GPUs.
+
+    Raises ``UserError`` for an implementation that doesn't exist or can't run.
+    """
+    require(
+        implementation in IMPLEMENTATIONS,
+        "implementation",
+        f"must be one of {', '.join(IMPLEMENTATIONS)}",
+        implementation,
+    )
+    if vocab_size is None:
+        vocab_size = len(weight_VC)
+    refusal = _why_not_triton(x_NC)
+    if implementation == "triton" and refusal:
+        raise UserError(f"implementation triton can't run {refusal}; use reference")
+    is_reference = refusal or (implementation == "auto" and not x_NC.is_cuda)
+    if implementation == "reference" or is_reference:
+        with torch.autocast(x_NC.device.type, enabled=False):
+            return _reference(x_NC, weight_VC, labels_N, vocab_size)
+    # Triton is imported where it is used: machines without it have the reference.
+    from kernels.cross_entropy.fused import fused_linear_cross_entropy
+
+    return fused_linear_cross_entropy(x_NC, weight_VC, labels_N, vocab_size)
+
+
+def _reference(x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, vocab_size: int) -> Tensor:
+    logits_NV = F.linear(x_NC, weight_VC.to(x_NC.dtype))[:, :vocab_size]
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_LABEL, reduction="sum")
+
+
+def _why_not_triton(x_NC: Tensor) -> str | None:
+    if not checks.HAS_TRITON:
+        return "without the package triton"
+    if not x_NC.is_cuda and not checks.INTERPRETED:
+        return f"tensors on {x_NC.device.type}"
+    if x_NC.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{x_NC.dtype}"
+    if checks.INTERPRETED and x_NC.dtype == torch.bfloat16:
+        return "torch.bfloat16 in Triton's interpreter, which computes it wrongly"
+    return None

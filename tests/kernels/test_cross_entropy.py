@@ -1,0 +1,126 @@
+"""The loss and its gradients against plain PyTorch in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import checks
+from kernels.cross_entropy import IGNORE_LABEL, linear_cross_entropy
+from kernels.errors import UserError
+
+INTERPRETED = pytest.mark.skipif(not checks.INTERPRETED, reason="needs Triton's interpreter")
+# Triton's interpreter computes what `where` then drops; NumPy warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def inputs(num_tokens=9, width=6, vocab_size=37, padded=40, dtype=torch.float32, device="cpu"):
+    """x, weight with rows that mustn't count, labels with some to be left out."""
+    generator = torch.Generator().manual_seed(0)
+    x_NC = torch.randn(num_tokens, width, generator=generator)
+    weight_VC = torch.randn(padded, width, generator=generator)
+    weight_VC[vocab_size:] = 100.0
+    labels_N = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    labels_N[::4] = IGNORE_LABEL
+    x_NC, weight_VC = x_NC.to(device, dtype), weight_VC.to(device)
+    return x_NC.requires_grad_(), weight_VC.requires_grad_(), labels_N.to(device), vocab_size
+
+
+def expected(x_NC, weight_VC, labels_N, vocab_size, scale):
+    """In fp64, of what is rounded to x's dtype."""
+    x_NC = x_NC.detach().double().requires_grad_()
+    weight_VC = weight_VC.detach().to(x_NC.dtype).double().requires_grad_()
+    logits_NV = F.linear(x_NC, weight_VC)[:, :vocab_size]
+    loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_LABEL, reduction="sum")
+    return loss, torch.autograd.grad(scale * loss, (x_NC, weight_VC))
+
+
+def check(implementation, scale=0.25, tolerance=1e-5, **shape):
+    x_NC, weight_VC, labels_N, vocab_size = inputs(**shape)
+    loss = linear_cross_entropy(
+        x_NC, weight_VC, labels_N, vocab_size=vocab_size, implementation=implementation
+    )
+    found = torch.autograd.grad(scale * loss, (x_NC, weight_VC))
+    wanted_loss, wanted = expected(x_NC, weight_VC, labels_N, vocab_size, scale)
+    assert loss.shape == () and loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), wanted_loss, rtol=tolerance, atol=0)
+    for ours, theirs, leaf in zip(found, wanted, (x_NC, weight_VC), strict=True):
+        assert ours.dtype == leaf.dtype
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+    assert not found[1][vocab_size:].any(), "padding has a gradient"
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=INTERPRETED)])
+def test_loss_and_gradients_are_those_of_fp64(implementation):
+    check(implementation)
+    check(implementation, vocab_size=40)
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("poisoned_memory")
+def test_slices_and_tiles_change_nothing(monkeypatch):
+    from kernels.cross_entropy import fused
+
+    monkeypatch.setattr(fused, "SLICE_LOGITS", 3 * 40)
+    monkeypatch.setattr(fused, "MAX_TILE", 16)
+    check("triton", num_tokens=11)
+    check("triton", num_tokens=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slice_logits", [100 * 9024, 2**30])
+def test_on_a_gpu(slice_logits, monkeypatch):
+    """fp32 as exactly as on a CPU; in bf16 the error is plain PyTorch's, that of rounded logits."""
+    from kernels.cross_entropy import fused
+
+    monkeypatch.setattr(fused, "SLICE_LOGITS", slice_logits)
+    large = {"num_tokens": 300, "width": 64, "vocab_size": 9001, "padded": 9024, "device": "cuda"}
+    check("auto", **large)
+    arguments = inputs(dtype=torch.bfloat16, **large)
+    wanted = expected(*arguments, 1.0)[1]
+    ours, plain = (errors(name, *arguments, wanted) for name in ("triton", "reference"))
+    assert all(mine <= 1.05 * its for mine, its in zip(ours, plain, strict=True)), (ours, plain)
+
+
+def errors(implementation, x_NC, weight_VC, labels_N, vocab_size, wanted):
+    """Of the gradients, relative."""
+    loss = linear_cross_entropy(
+        x_NC, weight_VC, labels_N, vocab_size=vocab_size, implementation=implementation
+    )
+    found = torch.autograd.grad(loss, (x_NC, weight_VC))
+    return [
+        ((ours.double() - theirs).norm() / theirs.norm()).item()
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
+
+
+@INTERPRETED
+def test_without_a_gradient_none_is_made():
+    x_NC, weight_VC, labels_N, vocab_size = inputs()
+    with torch.no_grad():
+        loss = linear_cross_entropy(
+            x_NC, weight_VC, labels_N, vocab_size=vocab_size, implementation="triton"
+        )
+    wanted, _ = expected(x_NC, weight_VC, labels_N, vocab_size, 1.0)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_refusals(monkeypatch):
+    x_NC, weight_VC, labels_N, _ = inputs()
+
+    def refusal(implementation, dtype=torch.float32):
+        with pytest.raises(UserError) as caught:
+            linear_cross_entropy(x_NC.to(dtype), weight_VC, labels_N, implementation=implementation)
+        return str(caught.value)
+
+    assert refusal("liger") == (
+        "implementation must be one of auto, triton, reference, got 'liger'"
+    )
+    monkeypatch.setattr(checks, "HAS_TRITON", True)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
+    assert refusal("triton") == "implementation triton can't run tensors on cpu; use reference"
+    monkeypatch.setattr(checks, "INTERPRETED", True)
+    assert "float64; use reference" in refusal("triton", torch.float64)
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
+    assert "without the package triton" in refusal("triton")
