@@ -137,8 +137,21 @@ def contiguous_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
+def check_plain(values: object, name: str = "") -> None:
+    """Raise ``UserError`` for a string that OmegaConf would evaluate: ``${oc.env:HOME}``."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_plain(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            check_plain(value, name)
+    elif isinstance(values, str):
+        require("${" not in values, name, "must be a plain value", values)
+
+
 def _typed(schema: type, values: dict):
     """An instance of the config dataclass ``schema``; unknown settings and wrong types raise."""
+    check_plain(values)
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
 
 

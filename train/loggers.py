@@ -3,9 +3,7 @@
 import csv
 import io
 import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,13 +18,7 @@ from data.files import write_atomically
 from kernels.errors import require
 from train.run_folder import arm_hash, arm_name
 from train.wandb_names import LAYERS, wandb_key
-
-
-FINISH_SECONDS = 300
-"""How long the end of a run waits for W&B; what isn't uploaded then, ``wandb sync`` uploads."""
-
-LEAVE_SECONDS = 10
-"""How long to wait for W&B once it has failed."""
+from train.wandb_service import FINISH_SECONDS, LEAVE_SECONDS, start_wandb, told, warn, within
 
 
 class WandbMode(StrEnum):
@@ -153,7 +145,7 @@ class WandbRun(WandbLogger):
         except Exception as error:
             if not self._is_lost:
                 self._is_lost = True
-                warn(f"W&B is gone ({_told(error)}); training goes on, metrics.csv has every row")
+                warn(f"W&B is gone ({told(error)}); training goes on, metrics.csv has every row")
                 # Or it would wait for its service when this process ends.
                 with suppress(Exception):
                     within(LEAVE_SECONDS, wandb.teardown)
@@ -194,6 +186,8 @@ class WandbRun(WandbLogger):
     @rank_zero_only
     def finish(self) -> None:
         """Hand over what is left, for ``FINISH_SECONDS`` at most."""
+        if self._is_lost:
+            return
         with self._surviving():
             within(FINISH_SECONDS + LEAVE_SECONDS, self.experiment.finish)
 
@@ -236,49 +230,7 @@ def build_wandb_logger(
         # A run that failed in a sweep of Hydra's doesn't get the next one's rows.
         "reinit": "finish_previous",
     }
-    run = _start(described, mode)
+    run = start_wandb(described, mode)
     if run is None:
         return None
     return WandbRun(run, config.project, settings["trainer"]["max_steps"], config.everything)
-
-
-def _start(described: dict, mode: str) -> Any | None:
-    """W&B's run: offline if it can't be reached, None if that doesn't work either."""
-    modes = {"online": "it is offline", "offline": "metrics.csv has every row"}
-    for name, instead in list(modes.items())[mode == "offline" :]:
-        resume = "allow" if name == "online" else None
-        quiet = wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS)
-        try:
-            return wandb.init(**described, mode=name, resume=resume, settings=quiet)
-        except Exception as error:
-            warn(f"W&B could not be started {name} ({_told(error)}); {instead}")
-    return None
-
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
-
-
-def within(seconds: float, call: Callable[[], object]) -> None:
-    """Wait for ``call`` so long at most, then leave it be. Raises what it raises, or TimeoutError."""
-    raised: list[BaseException] = []
-
-    def caught() -> None:
-        try:
-            call()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=caught, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
-    if raised:
-        # W&B ends the process if its service ended badly.
-        raise RuntimeError("ended") if isinstance(raised[0], SystemExit) else raised[0]
-
-
-def warn(text: str) -> None:
-    """One line on stderr about something that stops nothing."""
-    print("warning:", text, file=sys.stderr)

@@ -29,6 +29,7 @@ import yaml
 from data.files import PARTIAL, write_atomically
 from kernels.errors import UserError
 from train.kinds import without_told_kinds
+from train.privacy import private
 
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
@@ -169,7 +170,8 @@ def open_run_folder(
     differ from the folder's in anything but ``MAY_CHANGE_ON_RESUME``.
     """
     given = settings["run_dir"]
-    path = Path(given) if given else Path("runs") / experiment / run_name(settings, overrides)
+    given = given or Path("runs") / experiment / run_name(settings, overrides)
+    path = Path(given).expanduser()
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir must be a folder, got the file {path}")
@@ -217,7 +219,7 @@ def _check_settings_agree(old: dict, new: dict) -> None:
     kept_old, kept_new = (
         {
             name: value
-            for name, value in flat(settings).items()
+            for name, value in flat(private(settings)).items()
             if name.split(".")[0] not in NOT_THE_EXPERIMENT and name not in MAY_CHANGE_ON_RESUME
         }
         for settings in (old, new)

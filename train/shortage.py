@@ -51,6 +51,6 @@ def _what_to_lower(config: RunConfig | None) -> str:
         lower.append(f"lower packing.micro_batch_rows (now {rows}; the gradients stay the same)")
     lower += [
         f"lower packing.context (now {packing.context})",
-        f"take a smaller model (model.num_layers={model.num_layers}, model.d_model={model.d_model})",
+        f"model.num_layers or model.d_model (now {model.num_layers}, {model.d_model})",
     ]
     return ", or ".join(lower)

@@ -101,9 +101,9 @@ def is_first_rank() -> bool:
 def requeue(number: int) -> str | None:
     """Ask SLURM to start this job again; what came of it, None where that isn't called for.
 
-    After SIGUSR1 (``sbatch --signal``) always. After SIGTERM only while SLURM calls the job running,
-    as in the grace time of a pre-emption: it has been cancelled or has ended otherwise, and somebody
-    who cancels a job doesn't want it back.
+    After SIGUSR1 (``sbatch --signal``) always. After SIGTERM only while SLURM calls the job
+    running, as in the grace time of a pre-emption: otherwise it was cancelled, or SLURM has ended
+    it, and somebody who cancels a job doesn't want it back.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or number == signal.SIGINT:

@@ -26,8 +26,8 @@ from train.tracking import TrackingConfig, checkpoint_steps
 class CheckpointSchedule(StepCallback, Checkpoint):
     """``checkpoints/step_00000128/`` at the steps of ``checkpoint_steps``; all are kept.
 
-    ``last.ckpt`` is replaced every ``tracking.last_every`` steps, at the end, and where a signal stops
-    the run; it names the run it is of.
+    ``last.ckpt`` is replaced every ``tracking.last_every`` steps, at the end, and where a signal
+    stops the run; it names the run it is of.
     """
 
     def __init__(
