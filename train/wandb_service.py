@@ -46,7 +46,7 @@ def told(error: Exception) -> str:
 
 
 def within(seconds: float, call: Callable[[], object]) -> None:
-    """Wait for ``call`` so long at most, then leave it be; raises what it raises, or TimeoutError."""
+    """Wait for ``call`` so long at most, then leave it be. Raises its error, or TimeoutError."""
     raised: list[BaseException] = []
 
     def caught() -> None:

@@ -121,7 +121,7 @@ class FullFile:
 
 
 def full_while_writing(name: str, number: int, room: int) -> Inject:
-    """A disk without room for a file of this name, the n-th time that it is opened to be written."""
+    """A disk without room for files of this name, from the n-th that is opened to be written."""
 
     def inject(patch):
         original, count = Path.open, iter(range(1, sys.maxsize))
@@ -202,11 +202,8 @@ def wandb_service_killed(patch: pytest.MonkeyPatch) -> None:
     def kill():
         tasks = Path("/proc/self/task").glob("*/children")
         children = [child for task in tasks for child in task.read_text().split()]
-        (service,) = [
-            child
-            for child in children
-            if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text()
-        ]
+        programs = {child: Path(f"/proc/{child}/cmdline").read_text() for child in children}
+        (service,) = [child for child, program in programs.items() if "wandb-core" in program]
         os.kill(int(service), signal.SIGKILL)
         while Path(f"/proc/{service}/stat").read_text().split()[2] != "Z":
             time.sleep(0.01)
@@ -220,9 +217,10 @@ def killed(where: str, number: int) -> Inject:
 
     def inject(patch):
         owner, name, half = KILLS[where]
+        process = os.getpid()
 
         def before(call, *arguments):
-            if call == number:
+            if call == number and os.getpid() == process:
                 half(*arguments)
                 os.kill(os.getpid(), signal.SIGKILL)
 

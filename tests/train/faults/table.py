@@ -1,8 +1,8 @@
 """The fault table: what is injected into a run of eight steps, and what must come of it.
 
-Every row of ``STOPS`` is injected, then the same command with ``resume=true`` must end in the tables
-and weights of the run that nothing happened to, bit by bit. A run of ``SURVIVED`` must end so by
-itself. last.ckpt is written at steps 3, 6 and 8.
+Every row of ``STOPS`` is injected, then the same command with ``resume=true`` must end in the
+tables and weights of the run that nothing happened to, bit by bit; so must it after every kill of
+``KILLED``. A run of ``SURVIVED`` must end so by itself. last.ckpt is written at steps 3, 6 and 8.
 """
 
 import random
@@ -94,9 +94,7 @@ SURVIVED = {
         wandb_unreachable("online"), "could not be started online (CommError: network is down); it"
     ),
     "W&B not started": Survivor(wandb_unreachable("offline"), "W&B could not be started offline"),
-    "W&B fails to log": Survivor(
-        wandb_breaks("log", 3), "W&B is gone (ConnectionResetError", False
-    ),
+    "W&B fails to log": Survivor(wandb_breaks("log", 3), "W&B is gone (ConnectionRes", False),
     "W&B fails at once": Survivor(wandb_breaks("define_metric", 1), "W&B is gone (Connection"),
     "W&B fails to finish": Survivor(wandb_breaks("finish", 1), "W&B is gone (ConnectionReset"),
     "W&B never finishes": Survivor(wandb_hangs, "W&B is gone (TimeoutError"),
@@ -129,7 +127,7 @@ KILLED = [
 
 KILLED_PREPARING = [
     ("fsync", 3, False),
-    *(("fsync", n, True) for n in (1, 2, 5, 6)),
-    ("rename", 2, True),
+    *(("fsync", number, True) for number in (1, 2, 5, 6)),
+    ("rename", 1, True),
 ]
 """SIGKILL while tokenizer and store are made."""
