@@ -14,7 +14,7 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data.files import write_atomically
+from data.files import naming, write_atomically
 from kernels.errors import require
 from train.run_folder import arm_hash, arm_name
 from train.wandb_names import LAYERS, wandb_key
@@ -87,7 +87,7 @@ class MetricsCSV(Logger):
             self._columns += new
             self._rewrite()
         else:
-            with self.path.open("a", newline="") as file:
+            with naming(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _rewrite(self) -> None:

@@ -25,13 +25,13 @@ class Stopping(StepCallback):
         self._group: torch.distributed.ProcessGroup | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: PretrainModule, stage: str) -> None:
-        # Lightning has just set its own, which would end a step between its micro-batches.
-        self.signals.install()
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.signals.deferring = True
+        # Lightning has set its own by now, which would end a step between its micro-batches.
+        self.signals.install()
 
     def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
         self.due = self._agreed()

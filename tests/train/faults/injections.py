@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ def every_call(patch: pytest.MonkeyPatch, owner: object, name: str, before: Call
     original, calls = getattr(owner, name), iter(range(1, sys.maxsize))
 
     def wrapped(*arguments, **options):
-        before(next(calls), *arguments)
+        before(next(calls), *arguments, *options.values())
         return original(*arguments, **options)
 
     patch.setattr(owner, name, wrapped)
@@ -267,3 +268,11 @@ def run_and_die(arguments: list[str], where: str, number: int) -> None:
         killed(where, number)(patch)
         code = command(arguments)
     os._exit(code)
+
+
+def run_with_small_files(arguments: list[str], num_bytes: int) -> None:
+    """``python -m train`` in this process, where no file may be larger; exits with its code."""
+    from train.__main__ import command
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    os._exit(command(arguments))

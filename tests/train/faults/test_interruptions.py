@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.train.faults.injections import run_and_die
+from tests.train.faults.injections import run_and_die, run_with_small_files, signalled
 from tests.train.faults.table import KILLED, KILLED_PREPARING, SLOW, STOPS, SURVIVED
 from tests.train.test_runs import assert_same_weights, metrics, sinks, weights
 
@@ -141,3 +141,31 @@ def test_a_cache_is_made_anew(train, straight, processes, tmp_path, where, numbe
     assert not run.exists()
     assert train(*SETTINGS, f"cache_dir={cache}", run_dir=run) == 0
     assert_the_same_run(run, straight)
+
+
+@pytest.mark.slow
+def test_the_system_itself_refuses_a_file(train, straight, cache_dir, processes, tmp_path, capfd):
+    run = tmp_path / "run"
+    arguments = ["debug=cpu", f"cache_dir={cache_dir}", f"run_dir={run}", *SETTINGS]
+    # Room for kept weights, none for a state.
+    process = processes.Process(target=run_with_small_files, args=(arguments, 10**6))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2 and saved_step(run) is None
+    (line,) = lines(capfd.readouterr().err)
+    assert "no room on the disk" in line and "last.tmp (File too large)" in line
+    assert go_on(train, run) == 0
+    assert_the_same_run(run, straight)
+
+
+def test_a_signal_ends_a_sweep(train, cache_dir, tmp_path, monkeypatch, capfd):
+    from train.__main__ import command
+
+    monkeypatch.chdir(tmp_path)
+    sweep = ["-m", "seed=0,1", "debug=cpu", f"cache_dir={cache_dir}", *SETTINGS]
+    with monkeypatch.context() as patch:
+        signalled(2, signal.SIGTERM)(patch)
+        assert command(sweep) == 143
+    (folder,) = (tmp_path / "runs" / "default").iterdir()
+    assert folder.name.startswith("seed=0_") and saved_step(folder) == 1
+    assert "stopped by SIGTERM: step 1 is saved in" in capfd.readouterr().err
