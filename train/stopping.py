@@ -23,8 +23,12 @@ class Stopped(BaseException):
     """A signal ended the run; the message says what is kept. No ``Exception``: a sweep ends too."""
 
     def __init__(self, number: int, message: str):
-        super().__init__(message)
+        # As it came, so that a launcher can hand it from process to process.
+        super().__init__(number, message)
         self.exit_code = 128 + number
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class StopSignals:

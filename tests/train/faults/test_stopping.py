@@ -1,6 +1,7 @@
 """Signals outside training, beside a launcher, and under SLURM."""
 
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -66,8 +67,10 @@ def test_before_training_a_signal_stops_there_and_then(number):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_no_exception_handler_keeps_a_stopped_run_going():
+def test_a_stopped_run_passes_handlers_and_processes():
     assert not issubclass(Stopped, Exception)
+    stopped = pickle.loads(pickle.dumps(Stopped(15, "saved")))
+    assert stopped.exit_code == 143 and str(stopped) == "saved"
 
 
 @pytest.fixture
