@@ -70,7 +70,7 @@ STOPS = {
         full_while_writing("last.tmp", 2, 2000), 2, 3, "/last.tmp (No space left on device)", False
     ),
     "full disk at the third fsync": Stop(full_at_sync(3), 2, None, "no room on the disk at {run}"),
-    "full disk at a later fsync": Stop(full_at_sync(12), 2, 3, "no room on the disk at {run}"),
+    "full disk at a later fsync": Stop(full_at_sync(18), 2, 3, "no room on the disk at {run}"),
     "full disk at kept weights": Stop(
         full_for_weights(4), 2, 3, "/model.safetensors (No space left on device)"
     ),
