@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -270,9 +271,14 @@ def run_and_die(arguments: list[str], where: str, number: int) -> None:
     os._exit(code)
 
 
-def run_with_small_files(arguments: list[str], num_bytes: int) -> None:
-    """``python -m train`` in this process, where no file may be larger; exits with its code."""
+def run_with_small_files(arguments: list[str], num_bytes: int, said: Path) -> None:
+    """``python -m train`` in this process, where no file may be larger; exits with its code.
+
+    said: where stderr goes.
+    """
     from train.__main__ import command
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    os._exit(command(arguments))
+    with said.open("w") as file, redirect_stderr(file):
+        code = command(arguments)
+    os._exit(code)

@@ -144,15 +144,16 @@ def test_a_cache_is_made_anew(train, straight, processes, tmp_path, where, numbe
 
 
 @pytest.mark.slow
-def test_the_system_itself_refuses_a_file(train, straight, cache_dir, processes, tmp_path, capfd):
+def test_the_system_itself_refuses_a_file(train, straight, cache_dir, processes, tmp_path):
     run = tmp_path / "run"
     arguments = ["debug=cpu", f"cache_dir={cache_dir}", f"run_dir={run}", *SETTINGS]
     # Room for kept weights, none for a state.
-    process = processes.Process(target=run_with_small_files, args=(arguments, 10**6))
+    said = tmp_path / "said"
+    process = processes.Process(target=run_with_small_files, args=(arguments, 10**6, said))
     process.start()
     process.join(60)
     assert process.exitcode == 2 and saved_step(run) is None
-    (line,) = lines(capfd.readouterr().err)
+    (line,) = lines(said.read_text())
     assert "no room on the disk" in line and "last.tmp (File too large)" in line
     assert go_on(train, run) == 0
     assert_the_same_run(run, straight)
