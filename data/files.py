@@ -14,6 +14,9 @@ from typing import IO
 
 log = logging.getLogger(__name__)
 
+PARTIAL = ".partial-"
+"""Between the name of a file that is being written and the number of the process that does."""
+
 
 def json_sha256(value: object) -> str:
     """SHA-256 of a JSON value, the same for every order of its keys."""
@@ -42,15 +45,26 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that readers and crashes see all of it or nothing."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f"{path.name}{PARTIAL}{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             file.write(content)
             sync(file)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError in here name ``path``, which those of writing and syncing don't."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def sync(file: IO) -> None:
@@ -63,6 +77,7 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

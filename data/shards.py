@@ -207,6 +207,8 @@ def _start_worker(write: _Writer, parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Ctrl-C reaches the whole group; the parent tells the workers to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not the parent's way of stopping: a worker has nothing to save.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _work(job: _Job) -> int:

@@ -10,6 +10,7 @@ Axes: B rows of a request.
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -224,6 +225,7 @@ class TrainingLoader(DataLoader):
             collate_fn=_as_it_is,
             num_workers=num_workers,
             prefetch_factor=PREFETCH if num_workers else None,
+            worker_init_fn=_leave_signals_to_the_parent,
             # What workers make is pinned as it is opened.
             pin_memory=cuda_is_available() and not num_workers,
             # A loader draws a seed for its workers; from the global generator, that would make the
@@ -250,6 +252,13 @@ class TrainingLoader(DataLoader):
                 "data workers must stay alive (too little memory, or the token store changed while "
                 f"in use?), got {_last_line(error)}"
             ) from error
+
+
+def _leave_signals_to_the_parent(worker_id: int) -> None:
+    # A terminal and a scheduler signal every process of a run, which finishes its step, with these
+    # workers' batches, and then ends them. They notice by themselves if it is killed.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: PackedBatch | Parcel) -> PackedBatch | Parcel:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -40,7 +42,7 @@ def save_model(decoder: Decoder, folder: Path | str) -> None:
     Tied embeddings are stored once. Raises ``UserError`` if ``folder`` holds anything already.
     """
     with new_folder(folder) as path:
-        save_file(contiguous_cpu(decoder.state_dict()), path / WEIGHTS_FILE)
+        _write_weights(contiguous_cpu(decoder.state_dict()), path / WEIGHTS_FILE)
         attention = asdict(decoder.attention_config)
         # Which kernel computes it is the choice of whoever loads it, on whatever machine.
         del attention["implementation"]
@@ -135,9 +137,34 @@ def contiguous_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
 
+def check_plain(values: object, name: str = "") -> None:
+    """Raise ``UserError`` for a string that OmegaConf would evaluate: ``${oc.env:HOME}``."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            check_plain(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            check_plain(value, name)
+    elif isinstance(values, str):
+        require("${" not in values, name, "must be a plain value", values)
+
+
 def _typed(schema: type, values: dict):
     """An instance of the config dataclass ``schema``; unknown settings and wrong types raise."""
+    check_plain(values)
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+
+
+def _write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:
+        # Its errors of the disk are the system's in words.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _read_weights(path: Path, digest: str) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """``python -m train [overrides]``: train a decoder and measure its sinks; ``-m`` sweeps.
 
-A mistake in the settings ends in one line and exit code 2. A sweep goes on when one of its runs
-fails, and the same sweep again runs what isn't finished: exit code 1 if any failed.
+A mistake in the settings ends in one line and exit code 2, and so do a full disk and too little
+memory. A sweep goes on when one of its runs fails, and the same sweep again runs what isn't
+finished: exit code 1 if any failed. A signal saves the run's state and ends it, and the sweep, with
+128 + its number (``train.stopping``).
 """
 
 import logging
@@ -22,17 +24,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 from train.config import plain, register_configs, typed
-from train.mistakes import MISTAKES, tell
+from train.mistakes import tell
+from train.stopping import Stopped, StopSignals, is_first_rank
 
 register_configs()
 
-_failed_jobs: list[Exception] = []
+_failed_jobs: list[bool] = []
+"""Of each failed job, whether it was the user's mistake. Not the errors: they hold the memory that
+the job had, the device's too."""
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(settings: DictConfig) -> None:
     # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
     from train.run import run
+    from train.shortage import shortage
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Lightning 2.6's own use of a name that torch 2.13 deprecates.
@@ -44,25 +50,37 @@ def main(settings: DictConfig) -> None:
     if in_sweep:
         # The same sweep again does what is missing of it.
         settings.resume = True
+    config = None
     try:
-        run(
-            typed(settings),
-            settings=plain(settings),
-            experiment=chosen.runtime.choices.get("experiment") or "default",
-            overrides=list(chosen.overrides.task),
-            skip_finished=in_sweep,
-        )
+        config = typed(settings)
+        with StopSignals() as signals:
+            run(
+                config,
+                settings=plain(settings),
+                experiment=chosen.runtime.choices.get("experiment") or "default",
+                overrides=list(chosen.overrides.task),
+                skip_finished=in_sweep,
+                signals=signals,
+            )
     except (UserError, OmegaConfBaseException) as error:
         # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
         tell(error)
-        _failed_jobs.append(error)
+        _failed_jobs.append(True)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise
     except Exception as error:
-        if not in_sweep:
+        mistake = shortage(error, config)
+        if mistake is not None:
+            tell(mistake)
+        elif not in_sweep:
             raise
-        # One run out of memory at night is no reason to lose the others.
-        traceback.print_exc()
-        print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
-        _failed_jobs.append(error)
+        else:
+            traceback.print_exc()
+        if in_sweep:
+            # One run out of memory at night is no reason to lose the others.
+            print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
+        _failed_jobs.append(mistake is not None)
 
 
 def _quoted(argument: str) -> str:
@@ -88,6 +106,9 @@ def command(arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         tell(error)
         return 2
+    except Stopped as stopped:
+        # Of the other ranks Lightning takes anything but 0 for a crash, and kills the first.
+        return stopped.exit_code if is_first_rank() else 0
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:
@@ -95,8 +116,7 @@ def command(arguments: list[str]) -> int:
         return _interrupted() if stop.code == 1 else int(stop.code or 0)
     if not _failed_jobs:
         return 0
-    mistaken = all(isinstance(error, MISTAKES) for error in _failed_jobs)
-    return 2 if mistaken else 1
+    return 2 if all(_failed_jobs) else 1
 
 
 if __name__ == "__main__":

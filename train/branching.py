@@ -13,6 +13,7 @@ import yaml
 
 from kernels.errors import UserError, require
 from models.decoder import Decoder
+from train.privacy import private
 from train.run_folder import PARENT, RunFolder
 from train.runs import Checkpoint, load_run
 
@@ -26,7 +27,7 @@ def split_init_from(init_from: str) -> tuple[Path, int | str]:
     is_step = step == "last" or (step.isascii() and step.isdigit())
     rule = "must be RUN@STEP, a run folder and a number or last"
     require(run != "" and is_step, "init_from", rule, init_from)
-    return Path(run), step if step == "last" else int(step)
+    return Path(run).expanduser(), step if step == "last" else int(step)
 
 
 def find_parent(settings: dict) -> dict:
@@ -38,8 +39,8 @@ def find_parent(settings: dict) -> dict:
     Raises ``UserError`` for no run folder or a step that it didn't keep.
     """
     if settings["resume"] and settings["run_dir"]:
-        stored = _stored(RunFolder(Path(settings["run_dir"])).config)
-        if stored.get("init_from") == settings["init_from"] and PARENT in stored:
+        stored = _stored(RunFolder(Path(settings["run_dir"]).expanduser()).config)
+        if private(stored.get("init_from")) == settings["init_from"] and PARENT in stored:
             return stored[PARENT]
     path, step = split_init_from(settings["init_from"])
     try:
@@ -49,7 +50,7 @@ def find_parent(settings: dict) -> dict:
     except UserError as error:
         raise UserError(f"init_from={settings['init_from']}: {error}") from None
     return {
-        "path": str(run.path.resolve()),
+        "path": private(str(run.path.resolve())),
         "run_id": run.run_id,
         "arm": run.arm_hash,
         "step": kept.step,
@@ -63,7 +64,7 @@ def start_from(decoder: Decoder, parent: dict, tokenizer_sha256: str) -> None:
     Raises ``UserError`` if they have changed since, if the tokenizer is another, or naming the
     first setting or weight that doesn't fit.
     """
-    run = load_run(parent["path"])
+    run = load_run(Path(parent["path"]).expanduser())
     kept = run.at(parent["step"])
     where = f"init_from={kept.path}"
     if kept.weights_sha256 != parent["weights_sha256"]:

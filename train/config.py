@@ -18,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.packing import PackingConfig
 from kernels.errors import UserError, require
+from models.checkpoints import check_plain
 from models.decoder import DecoderConfig
 from train.kinds import GROUPS, kind_of, told_kind
 from train.loggers import LoggerConfig
+from train.privacy import private, with_home
 from train.run_folder import PARENT
 from train.tracking import TrackingConfig
 
@@ -145,22 +147,24 @@ def _check_keys(node: DictConfig, prefix: str) -> None:
 def plain(settings: DictConfig) -> dict:
     """Settings as dictionaries, lists, numbers and strings: what is hashed and stored.
 
-    The sections of ``train.kinds.GROUPS`` begin with their ``kind``.
+    The sections of ``train.kinds.GROUPS`` begin with their ``kind``; paths are ``private``.
     """
     values = OmegaConf.to_container(settings, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
     for group in GROUPS:
         kind = kind_of(group, OmegaConf.get_type(settings, group))
         values[group] = {"kind": kind, **values[group]}
-    return values
+    return private(values)
 
 
 def restored(settings: dict) -> RunConfig:
     """The run that plain settings describe, as ``plain`` made them; what they lack is the default.
 
-    Raises ``UserError`` for a kind, key or value that doesn't exist here.
+    Raises ``UserError`` for a kind, key or value that doesn't exist here, and for a value that
+    OmegaConf would look up elsewhere, as in the environment.
     """
-    values = {name: value for name, value in settings.items() if name != PARENT}
+    values = with_home({name: value for name, value in settings.items() if name != PARENT})
+    check_plain(values)
     for group, kinds in GROUPS.items():
         section = dict(values[group])
         kind = section.pop("kind", None) or told_kind(group, section)

@@ -3,7 +3,8 @@
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -13,10 +14,11 @@ import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from data.files import write_atomically
+from data.files import naming, write_atomically
 from kernels.errors import require
 from train.run_folder import arm_hash, arm_name
 from train.wandb_names import LAYERS, wandb_key
+from train.wandb_service import FINISH_SECONDS, LEAVE_SECONDS, start_wandb, told, warn, within
 
 
 class WandbMode(StrEnum):
@@ -85,7 +87,7 @@ class MetricsCSV(Logger):
             self._columns += new
             self._rewrite()
         else:
-            with self.path.open("a", newline="") as file:
+            with naming(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _rewrite(self) -> None:
@@ -110,7 +112,8 @@ def wandb_mode(config: LoggerConfig) -> str:
     require(mode in ("auto", "online"), setting, f"must be one of {', '.join(known)}", mode)
     try:
         logged_in = wandb.login(prompt=False)
-    except wandb.Error:
+    except Exception:
+        # No key, a wrong one, or nobody to ask.
         logged_in = False
     require(logged_in or mode == "auto", setting, "must not be online without a login", mode)
     return "online" if logged_in else "offline"
@@ -127,13 +130,34 @@ class WandbRun(WandbLogger):
         super().__init__(project=project, experiment=run)
         self.last_step = last_step
         self.everything = everything
-        # Hidden: an axis needs no panel of its own.
-        run.define_metric("step", hidden=True)
-        run.define_metric("tokens", step_metric="step", hidden=True)
         self._sections: set[str] = set()
+        self._is_lost = False
+        with self._surviving():
+            # Hidden: an axis needs no panel of its own.
+            run.define_metric("step", hidden=True)
+            run.define_metric("tokens", step_metric="step", hidden=True)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Whatever W&B raises in here is a warning, the first time; the run doesn't need it."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_lost:
+                self._is_lost = True
+                warn(f"W&B is gone ({told(error)}); training goes on, metrics.csv has every row")
+                # Or it would wait for its service when this process ends.
+                with suppress(Exception):
+                    within(LEAVE_SECONDS, wandb.teardown)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        if self._is_lost:
+            return
+        with self._surviving():
+            self._log(metrics, step)
+
+    def _log(self, metrics: dict[str, float], step: int) -> None:
         named = {wandb_key(name, everything=self.everything): v for name, v in metrics.items()}
         named.pop(None, None)
         self._define_sections(named)
@@ -152,9 +176,20 @@ class WandbRun(WandbLogger):
     def log_figures(self, figures: dict[str, Any], step: int) -> None:
         """Pictures by key, in the row of ``step``, which must not be logged yet unless it is the
         last one's. A picture is a file's path or an array [height, width, 4] of bytes."""
-        self._define_sections(figures)
-        images = {key: wandb.Image(picture) for key, picture in figures.items()}
-        self.experiment.log(images, step=step, commit=False)
+        if self._is_lost:
+            return
+        with self._surviving():
+            self._define_sections(figures)
+            images = {key: wandb.Image(picture) for key, picture in figures.items()}
+            self.experiment.log(images, step=step, commit=False)
+
+    @rank_zero_only
+    def finish(self) -> None:
+        """Hand over what is left, for ``FINISH_SECONDS`` at most."""
+        if self._is_lost:
+            return
+        with self._surviving():
+            within(FINISH_SECONDS + LEAVE_SECONDS, self.experiment.finish)
 
 
 def build_wandb_logger(
@@ -184,18 +219,18 @@ def build_wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")
     in_sweep = "WANDB_SWEEP_ID" in os.environ
     names = {"arm": arm_name(experiment, overrides), "experiment": experiment}
-    run = wandb.init(
-        project=config.project,
-        name=run_dir.name,
-        id=os.environ.get("WANDB_RUN_ID", run_id) if in_sweep else run_id,
-        group=arm_hash(settings),
-        job_type=experiment,
-        config=settings | measured | names,
-        dir=str(run_dir),
-        mode=mode,
+    described = {
+        "project": config.project,
+        "name": run_dir.name,
+        "id": os.environ.get("WANDB_RUN_ID", run_id) if in_sweep else run_id,
+        "group": arm_hash(settings),
+        "job_type": experiment,
+        "config": settings | measured | names,
+        "dir": str(run_dir),
         # A run that failed in a sweep of Hydra's doesn't get the next one's rows.
-        reinit="finish_previous",
-        resume="allow" if mode == "online" else None,
-        settings=wandb.Settings(console="off", silent=True),
-    )
+        "reinit": "finish_previous",
+    }
+    run = start_wandb(described, mode)
+    if run is None:
+        return None
     return WandbRun(run, config.project, settings["trainer"]["max_steps"], config.everything)

@@ -46,6 +46,15 @@ def exit_code(
     except MISTAKES as error:
         tell(error)
         return 2
+    except Exception as error:
+        # Imported late: a mistake's line need not wait for torch.
+        from train.shortage import shortage
+
+        mistake = shortage(error)
+        if mistake is None:
+            raise
+        tell(mistake)
+        return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

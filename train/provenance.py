@@ -12,6 +12,7 @@ import torch
 
 from kernels.attention.fused.tiles import TABLE
 from kernels.bench.environment import package_version
+from train.privacy import private
 from train.run_folder import PARENT, arm_hash, experiment_hash
 
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
@@ -24,7 +25,7 @@ def provenance(settings: dict, experiment: str, device: str, data: dict) -> dict
     """
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "train", *sys.argv[1:]],
+        "command": ["python", "-m", "train", *private(sys.argv[1:])],
         "experiment": experiment,
         "hash": experiment_hash(settings),
         "arm": arm_hash(settings),

@@ -12,12 +12,19 @@ from kernels.attention import StatisticsLevel
 from kernels.errors import UserError, require
 from models.decoder import Decoder
 from train.branching import find_parent, start_from
-from train.callbacks.checkpoints import CheckpointSchedule, RandomState, check_state_file
+from train.callbacks.checkpoints import (
+    CheckpointSchedule,
+    RandomState,
+    StateFileIO,
+    check_state_file,
+    is_finished,
+)
 from train.callbacks.finite import FiniteCheck
 from train.callbacks.head_maps import HeadMaps
 from train.callbacks.progress import ProgressDisplay
 from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
 from train.callbacks.sink_monitor import SinkMonitor
+from train.callbacks.stopping import Stopping
 from train.config import Accelerator, Precision, RunConfig, TrainerConfig
 from train.data import data_of
 from train.figures import draw_figures
@@ -33,6 +40,7 @@ from train.run_folder import (
     write_run_files,
 )
 from train.schedules import ConstantSchedule, check_schedule
+from train.stopping import StopSignals
 from train.summary import print_summary
 from train.wandb_names import FIGURES
 
@@ -44,12 +52,14 @@ def run(
     experiment: str,
     overrides: list[str],
     skip_finished: bool = False,
+    signals: StopSignals | None = None,
 ) -> None:
     """Train as ``config`` says and leave the run folder.
 
     settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
-    run that has made all its steps as it is, rather than raise UserError. Every check that can
-    fail runs before the first file is written; a user's mistake raises UserError.
+    run that has made all its steps as it is, rather than raise UserError. signals: entered by the
+    caller, end the run with its state saved. Every check that can fail runs before the first file
+    is written; a user's mistake raises UserError.
     """
     console = Console(markup=False)
     accelerator, precision = _device(config.trainer)
@@ -62,7 +72,9 @@ def run(
     parent = settings.get(PARENT)
     mode = wandb_mode(config.logger)
     folder, resuming = open_run_folder(settings, experiment, overrides)
-    if skip_finished and folder.is_finished(config.trainer.max_steps):
+    if skip_finished and is_finished(folder, config.trainer.max_steps):
+        if config.tracking.figures and not folder.figures.exists():
+            draw_figures(folder)
         console.print(f"finished before: {folder.path}", highlight=False, soft_wrap=True)
         return
 
@@ -113,7 +125,10 @@ def run(
         overrides=overrides,
     )
 
-    validation, rows, callbacks = _callbacks(config, data, folder, console, wandb_logger)
+    stopping = Stopping(signals or StopSignals(), folder)
+    validation, rows, callbacks = _callbacks(
+        config, data, folder, console, wandb_logger, stopping, run_id
+    )
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -122,6 +137,7 @@ def run(
         accumulate_grad_batches=accumulation,
         deterministic=config.trainer.deterministic,
         callbacks=callbacks,
+        plugins=[StateFileIO()],
         logger=[metrics] if wandb_logger is None else [metrics, wandb_logger],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -143,7 +159,7 @@ def run(
         if wandb_logger is not None:
             pictures = {f"{FIGURES}/{path.stem}": str(path) for path in figures}
             wandb_logger.log_figures(pictures, trainer.global_step)
-            wandb_logger.experiment.finish()
+            wandb_logger.finish()
         print_summary(
             console,
             folder,
@@ -178,6 +194,8 @@ def _callbacks(
     folder: RunFolder,
     console: Console,
     wandb_logger: WandbRun | None,
+    stopping: Stopping,
+    run_id: str,
 ) -> tuple[Validation, RowWriter, list[L.Callback]]:
     """The callbacks in the order in which they must run: measure, write the row, checkpoint."""
     tracking, max_steps = config.tracking, config.trainer.max_steps
@@ -188,14 +206,15 @@ def _callbacks(
     rows = RowWriter(tracking, data)
     callbacks = [
         RandomState(),
-        FiniteCheck(tracking, folder, max_steps, config.packing.batch_rows),
+        stopping,
+        FiniteCheck(tracking, folder, max_steps, config.packing.batch_rows, stopping),
         ThroughputMonitor(tracking, config.packing.context),
         validation,
         rows,
-        CheckpointSchedule(tracking, folder, max_steps, sink_monitor),
+        CheckpointSchedule(tracking, folder, max_steps, sink_monitor, stopping, run_id),
     ]
     if sink_monitor is not None:
-        callbacks.insert(2, sink_monitor)
+        callbacks.insert(3, sink_monitor)
     if wandb_logger is not None:
         callbacks.insert(callbacks.index(rows), HeadMaps(validation, wandb_logger))
     if config.trainer.progress:

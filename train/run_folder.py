@@ -26,9 +26,10 @@ from typing import Any
 
 import yaml
 
-from data.files import write_atomically
+from data.files import PARTIAL, write_atomically
 from kernels.errors import UserError
 from train.kinds import without_told_kinds
+from train.privacy import private
 
 NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
@@ -88,10 +89,6 @@ class RunFolder:
     @property
     def unfinished_last(self) -> Path:
         return self.last.with_suffix(".tmp")
-
-    def is_finished(self, max_steps: int) -> bool:
-        """Whether the weights of the last step are kept: a folder of them appears when complete."""
-        return self.last.exists() and self.checkpoint(max_steps).is_dir()
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step:08d}"
@@ -173,11 +170,13 @@ def open_run_folder(
     differ from the folder's in anything but ``MAY_CHANGE_ON_RESUME``.
     """
     given = settings["run_dir"]
-    path = Path(given) if given else Path("runs") / experiment / run_name(settings, overrides)
+    given = given or Path("runs") / experiment / run_name(settings, overrides)
+    path = Path(given).expanduser()
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir must be a folder, got the file {path}")
-    in_use = path.exists() and any(path.iterdir())
+    # A file that a kill left half-written is no content.
+    in_use = path.exists() and any(PARTIAL not in file.name for file in path.iterdir())
     if in_use and not settings["resume"]:
         raise UserError(f"run_dir must be empty or missing (resume=true goes on in it), got {path}")
     if not in_use:
@@ -220,7 +219,7 @@ def _check_settings_agree(old: dict, new: dict) -> None:
     kept_old, kept_new = (
         {
             name: value
-            for name, value in flat(settings).items()
+            for name, value in flat(private(settings)).items()
             if name.split(".")[0] not in NOT_THE_EXPERIMENT and name not in MAY_CHANGE_ON_RESUME
         }
         for settings in (old, new)
@@ -250,6 +249,8 @@ def drop_after(folder: RunFolder, step: int) -> None:
     # What a kill left half-written.
     for half in folder.last.parent.glob(".step_*"):
         shutil.rmtree(half)
+    for half in (*folder.path.glob(f"*{PARTIAL}*"), *folder.sinks.glob(f"*{PARTIAL}*")):
+        half.unlink()
     folder.unfinished_last.unlink(missing_ok=True)
 
 
@@ -259,20 +260,30 @@ def _step_of(name: str, prefix: str) -> int:
     return int(match[1]) if match else -1
 
 
+def stored_run_id(folder: RunFolder) -> str | None:
+    """The id of the run in a folder, None for a new one. Raises UserError for a damaged file."""
+    written = _read_provenance(folder)
+    return None if written is None else written[0]
+
+
+def _read_provenance(folder: RunFolder) -> tuple[str, list[dict]] | None:
+    if not folder.provenance.exists():
+        return None
+    try:
+        written = json.loads(folder.provenance.read_text())
+        return written["run_id"], list(written["starts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"run_dir must hold a readable provenance.json, got {folder.provenance}"
+        ) from error
+
+
 def write_run_files(folder: RunFolder, settings: dict, provenance: dict) -> str:
     """Write config.yaml and provenance.json; a resume adds to the list of its starts.
 
     Returns the run's id, which is drawn at its first start.
     """
-    run_id, starts = secrets.token_hex(4), []
-    if folder.provenance.exists():
-        try:
-            written = json.loads(folder.provenance.read_text())
-            run_id, starts = written["run_id"], list(written["starts"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"run_dir must hold a readable provenance.json, got {folder.provenance}"
-            ) from error
+    run_id, starts = _read_provenance(folder) or (secrets.token_hex(4), [])
     folder.path.mkdir(parents=True, exist_ok=True)
     write_atomically(folder.config, yaml.safe_dump(settings, sort_keys=False).encode())
     starts.append(provenance)

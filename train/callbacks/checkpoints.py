@@ -1,29 +1,33 @@
 """Keeping weights at log-spaced steps, and the full state that a resume starts from."""
 
-import os
 import random
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from data.files import naming, sync, sync_folder
 from data.module import TokenDataModule
 from kernels.errors import UserError
 from models.batch import PackedBatch
 from models.checkpoints import save_model
 from train.callbacks.sink_monitor import SinkMonitor
 from train.callbacks.step_callback import StepCallback
+from train.callbacks.stopping import Stopping
 from train.module import PretrainModule
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, stored_run_id
 from train.tracking import TrackingConfig, checkpoint_steps
 
 
 class CheckpointSchedule(StepCallback, Checkpoint):
     """``checkpoints/step_00000128/`` at the steps of ``checkpoint_steps``; all are kept.
 
-    ``last.ckpt`` is replaced every ``tracking.last_every`` steps and at the end.
+    ``last.ckpt`` is replaced every ``tracking.last_every`` steps, at the end, and where a signal
+    stops the run; it names the run it is of.
     """
 
     def __init__(
@@ -32,11 +36,15 @@ class CheckpointSchedule(StepCallback, Checkpoint):
         folder: RunFolder,
         max_steps: int,
         sink_monitor: SinkMonitor | None,
+        stopping: Stopping | None = None,
+        run_id: str | None = None,
     ):
         self.config = config
         self.folder = folder
         self.max_steps = max_steps
         self.sink_monitor = sink_monitor
+        self.stopping = stopping
+        self.run_id = run_id
         self.steps = set(checkpoint_steps(config, max_steps))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
@@ -47,8 +55,14 @@ class CheckpointSchedule(StepCallback, Checkpoint):
         step = trainer.global_step
         if step in self.steps:
             self.keep(trainer, pl_module)
-        if step % self.config.last_every == 0 or step == self.max_steps:
+        is_last = self.stopping is not None and self.stopping.due
+        if step % self.config.last_every == 0 or step == self.max_steps or is_last:
             self.save_state(trainer, pl_module)
+        if is_last:
+            self.stopping.stop(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run_id": self.run_id}
 
     def keep(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         """Write the weights as of now, rank 0 only."""
@@ -62,11 +76,34 @@ class CheckpointSchedule(StepCallback, Checkpoint):
             if self.sink_monitor is not None:
                 self.sink_monitor.flush()
             temporary = self.folder.unfinished_last
-            trainer.save_checkpoint(temporary, weights_only=False)
-            if trainer.is_global_zero:
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder.last)
+            try:
+                trainer.save_checkpoint(temporary, weights_only=False)
+                if trainer.is_global_zero:
+                    temporary.replace(self.folder.last)
+                    sync_folder(self.folder.last.parent)
+            except OSError:
+                # On a full disk, its room is what the next start needs.
+                temporary.unlink(missing_ok=True)
+                raise
+
+
+class StateFileIO(TorchCheckpointIO):
+    """Writes a state where it is to lie, to the disk. Lightning's own way is through $TMPDIR."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path), path.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # The writer's complaint about what a failed write left.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+            sync(file)
 
 
 class RandomState(L.Callback):
@@ -105,10 +142,26 @@ class RandomState(L.Callback):
         self._restored = state_dict
 
 
+def is_finished(folder: RunFolder, max_steps: int) -> bool:
+    """Whether a run has made all its steps and kept what came of them.
+
+    The weights of the last step alone don't tell: last.ckpt follows them, with the tables.
+    """
+    if not folder.last.exists() or not folder.checkpoint(max_steps).is_dir():
+        return False
+    try:
+        # Mapped, so that no weight is read.
+        state = torch.load(folder.last, map_location="cpu", weights_only=True, mmap=True)
+        return int(state["global_step"]) >= max_steps
+    except Exception:
+        # ``check_state_file`` says what is wrong with it.
+        return False
+
+
 def check_state_file(folder: RunFolder, pl_module: PretrainModule, data: TokenDataModule) -> int:
     """The step of last.ckpt.
 
-    Raises UserError unless it can be read safely and fits the model and the data.
+    Raises UserError unless it can be read safely, is this run's, and fits the model and the data.
     """
     path = folder.last
     try:
@@ -120,6 +173,13 @@ def check_state_file(folder: RunFolder, pl_module: PretrainModule, data: TokenDa
         raise UserError(
             f"run_dir must hold an intact checkpoint to resume ({type(error).__name__}), got {path}"
         ) from error
+    whose = state.get("callbacks", {}).get(CheckpointSchedule.__qualname__, {}).get("run_id")
+    ours = stored_run_id(folder)
+    if None not in (whose, ours) and whose != ours:
+        raise UserError(
+            f"run_dir must hold the checkpoint of its own run {ours} to resume, got one of run "
+            f"{whose} in {path}"
+        )
     wanted = {name: tuple(tensor.shape) for name, tensor in pl_module.state_dict().items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

@@ -5,6 +5,7 @@ import lightning as L
 from kernels.errors import UserError
 from models.batch import PackedBatch
 from train.callbacks.step_callback import StepCallback
+from train.callbacks.stopping import Stopping
 from train.module import PretrainModule
 from train.run_folder import RunFolder
 from train.tracking import TrackingConfig, checkpoint_steps
@@ -18,16 +19,23 @@ class FiniteCheck(StepCallback):
     """
 
     def __init__(
-        self, config: TrackingConfig, folder: RunFolder, max_steps: int, rows_per_step: int
+        self,
+        config: TrackingConfig,
+        folder: RunFolder,
+        max_steps: int,
+        rows_per_step: int,
+        stopping: Stopping | None = None,
     ):
         self.config = config
         self.folder = folder
         self.max_steps = max_steps
         self.rows_per_step = rows_per_step
+        self.stopping = stopping
         self.steps = set(checkpoint_steps(config, max_steps))
 
     def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
-        if self._is_due(trainer.global_step):
+        is_last = self.stopping is not None and self.stopping.due
+        if is_last or self._is_due(trainer.global_step):
             self.check(int(pl_module.first_bad_step))
 
     def _is_due(self, step: int) -> bool:
