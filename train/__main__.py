@@ -34,11 +34,7 @@ def main(settings: DictConfig) -> None:
     # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
     from train.run import run
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
-    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
-    warnings.filterwarnings("ignore", ".*does not have many workers")
+    quiet()
     chosen = HydraConfig.get()
     in_sweep = chosen.mode is RunMode.MULTIRUN
     if in_sweep:
@@ -63,6 +59,15 @@ def main(settings: DictConfig) -> None:
         traceback.print_exc()
         print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
         _failed_jobs.append(error)
+
+
+def quiet() -> None:
+    """Keep from the terminal what Lightning says that helps nobody here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
+    warnings.filterwarnings("ignore", ".*does not have many workers")
 
 
 def _quoted(argument: str) -> str:

@@ -1,6 +1,7 @@
 """One run, from its settings to its folder."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import lightning as L
@@ -44,12 +45,16 @@ def run(
     experiment: str,
     overrides: list[str],
     skip_finished: bool = False,
+    vocab_size: int | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Train as ``config`` says and leave the run folder.
 
     settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
-    run that has made all its steps as it is, rather than raise UserError. Every check that can
-    fail runs before the first file is written; a user's mistake raises UserError.
+    run that has made all its steps as it is, rather than raise UserError. vocab_size: ids that the
+    model is to know, at least the tokenizer's, which are the default. callbacks: called after the
+    run's own. Every check that can fail runs before the first file is written; a user's mistake
+    raises UserError.
     """
     console = Console(markup=False)
     accelerator, precision = _device(config.trainer)
@@ -70,9 +75,12 @@ def run(
     accumulation = data.accumulation(world_size=1)
     start = time.perf_counter()
     data.setup()
+    vocab_size = data.vocab_size if vocab_size is None else vocab_size
+    allowed = f"must be >= {data.vocab_size}, the tokenizer's"
+    require(vocab_size >= data.vocab_size, "the model's vocabulary", allowed, vocab_size)
     L.seed_everything(config.seed, verbose=False)
     module = PretrainModule(
-        Decoder(config.model, config.attention, data.vocab_size),
+        Decoder(config.model, config.attention, vocab_size),
         config.optimizer,
         config.schedule,
         total_steps,
@@ -112,7 +120,7 @@ def run(
         overrides=overrides,
     )
 
-    validation, rows, callbacks = _callbacks(config, data, folder, console, wandb_logger)
+    validation, rows, own_callbacks = _callbacks(config, data, folder, console, wandb_logger)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=1,
@@ -120,7 +128,7 @@ def run(
         max_steps=config.trainer.max_steps,
         accumulate_grad_batches=accumulation,
         deterministic=config.trainer.deterministic,
-        callbacks=callbacks,
+        callbacks=[*own_callbacks, *callbacks],
         logger=[metrics] if wandb_logger is None else [metrics, wandb_logger],
         enable_progress_bar=False,
         enable_model_summary=False,
