@@ -56,6 +56,7 @@ def run(
     run's own. Every check that can fail runs before the first file is written; a user's mistake
     raises UserError.
     """
+    began = time.perf_counter()
     console = Console(markup=False)
     accelerator, precision = _device(config.trainer)
     total_steps = check_schedule(config.schedule, config.trainer.max_steps)
@@ -155,6 +156,7 @@ def run(
             validation.latest,
             rows.latest,
             training_seconds,
+            time.perf_counter() - began,
             is_proxy=module.decoder.alpha_kind == "proxy",
         )
 

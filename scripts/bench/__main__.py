@@ -36,9 +36,9 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
     )
     names = ", ".join(PRESETS)
     parser.add_argument("--presets", nargs="+", default=[], metavar="NAME", help=f"of {names}")
-    parser.add_argument("--rounds", type=int, default=5, help="bursts of each contender")
+    parser.add_argument("--rounds", type=int, default=4, help="bursts of each contender")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; the preset's by default")
-    parser.add_argument("--agree", type=int, default=50, help="steps until losses are compared")
+    parser.add_argument("--agree", type=int, default=40, help="steps until losses are compared")
     parser.add_argument("--every", type=int, default=100, help="steps a materialised pass")
     parser.add_argument("--vocab-size", type=int, help="of the models; by default the tokenizer's")
     parser.add_argument("--compile", action="store_true", help="the plain loop on a CPU too")
@@ -63,6 +63,9 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
 def main(arguments: list[str]) -> None:
     """The command."""
     options, presets, overrides = parsed(arguments)
+    if options.json is not None:
+        folder = options.json.parent
+        require(folder.is_dir(), "--json", "must be in a folder that exists", str(options.json))
     quiet()
     settings = Options(**{f.name: getattr(options, f.name) for f in fields(Options)
                           if hasattr(options, f.name)})  # fmt: skip

@@ -51,6 +51,8 @@ class MaterialisedPass:
         with torch.autocast(batch.tokens_BT.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.decoder(batch, statistics="off")
         self.dense.clear()
+        # Nothing of the other's weights is held while it is no turn of theirs.
+        self.decoder.to("meta")
         return [record.statistics for record in output.layers]
 
 

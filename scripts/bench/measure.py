@@ -19,12 +19,12 @@ from kernels.errors import UserError, require
 from scripts.bench.materialised import MaterialisedPass, check_materialised
 from scripts.bench.memory import PeakMemory, Stage
 from scripts.bench.plain import PlainRun
-from scripts.bench.settings import bench_run
+from scripts.bench.settings import bench_overrides, run_in
 from scripts.bench.split import Split
 from scripts.bench.turns import Fit, GlobalSettings
 from scripts.plain_decoder import check_plain
 from train.callbacks.recording import flops_per_token
-from train.config import RunConfig
+from train.config import RunConfig, compose
 
 WARM_UP = 3
 """Steps of a contender before the clock counts, at least."""
@@ -41,7 +41,7 @@ MAX_PERIOD = 100
 class Options:
     """What the command line says beside the runs' settings."""
 
-    rounds: int = 5
+    rounds: int = 4
     """Bursts of each contender."""
     rows: int | None = None
     """Rows of a micro-batch; None is the preset's."""
@@ -80,7 +80,7 @@ class Bench:
     """Contenders of one preset, in the order in which they are made."""
 
     def __init__(self, preset: str, overrides: list[str], options: Options, folder: Path):
-        self.preset, self.overrides, self.options = preset, overrides, options
+        self.preset, self.options = preset, options
         self.folder = folder
         self.stage = Stage()
         self.before = GlobalSettings.now()
@@ -88,7 +88,8 @@ class Bench:
         self.losses: dict[str, list[float]] = {}
         self.runs: dict[str, Fit | PlainRun] = {}
         self.calls: dict[str, Callable[[], None]] = {}
-        self.config, _ = bench_run(preset, overrides, folder, options.rows)
+        self.overrides = bench_overrides(preset, overrides, options.rows)
+        self.config, _ = compose(self.overrides)
         tracking = self.config.tracking
         is_on = tracking.statistics is not StatisticsLevel.off
         rule = "must not be off, with which it is compared"
@@ -159,9 +160,7 @@ class Bench:
         self.stage.leave()
         self.before.apply()
         self.peaks[name] = PeakMemory()
-        folder = self.folder / name
-        overrides = [*self.overrides, *overrides]
-        config, settings = bench_run(self.preset, overrides, folder, self.options.rows)
+        config, settings = run_in(self.folder / name, [*self.overrides, *overrides])
         fit = Fit(config, settings, self.options.vocab_size)
         self.runs[name] = fit
         fit.start()

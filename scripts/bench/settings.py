@@ -34,10 +34,8 @@ OUTSIDE_TRAINING = [
 """Validation, checkpoints and display are left to others; records are made as the preset says."""
 
 
-def bench_run(
-    preset: str, overrides: list[str], folder: Path, rows: int | None = None
-) -> tuple[RunConfig, dict]:
-    """The settings of a preset's run in ``folder``, typed and plain.
+def bench_overrides(preset: str, overrides: list[str], rows: int | None = None) -> list[str]:
+    """A preset's settings as the bench changes them, all as overrides of ``python -m train``.
 
     The plain peer's attention is causal, so rows are packed ``causal`` unless ``overrides`` say
     otherwise. rows: of a micro-batch; None is the preset's. Raises ``UserError`` for an unknown
@@ -46,12 +44,15 @@ def bench_run(
     known = preset in PRESETS
     require(known, "--presets", f"must be among {', '.join(PRESETS)}", preset)
     packing = [] if any(o.startswith("packing=") for o in overrides) else ["packing=causal"]
-    chosen = [*PRESETS[preset], *packing, *overrides, *OUTSIDE_TRAINING, f"run_dir='{folder}'"]
-    config, _ = compose(chosen)
-    context = config.packing.context
-    if rows is None:
-        rows = config.packing.micro_batch_rows or config.packing.batch_rows
+    chosen = [*PRESETS[preset], *packing, *overrides, *OUTSIDE_TRAINING]
+    packed = compose(chosen)[0].packing
+    rows = rows or packed.micro_batch_rows or packed.batch_rows
     chosen.append(f"packing.micro_batch_rows={rows}")
     if not any(o.startswith("packing.batch_tokens=") for o in overrides):
-        chosen.append(f"packing.batch_tokens={MICRO_BATCHES * rows * context}")
-    return compose(chosen)
+        chosen.append(f"packing.batch_tokens={MICRO_BATCHES * rows * packed.context}")
+    return chosen
+
+
+def run_in(folder: Path, overrides: list[str]) -> tuple[RunConfig, dict]:
+    """The settings of a run in a folder, typed and plain."""
+    return compose([*overrides, f"run_dir='{folder}'"])

@@ -10,7 +10,7 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from queue import Queue
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -49,17 +49,23 @@ class GlobalSettings:
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
 
 
+class Ended(NamedTuple):
+    """A run's last word: what it raised, if anything."""
+
+    error: BaseException | None
+
+
 class TurnTaking(L.Callback):
     """Blocks before an optimizer step unless the bench has allowed it.
 
-    allowed: numbers of steps to make, 0 to end the fit. waiting: gets an item whenever the run
-    waits. batch: the micro-batch to come. losses: while a list, gets the loss of every step, a
-    scalar on the device; it is of the step's whole batch.
+    allowed: numbers of steps to make, 0 to end the fit. waiting: gets None whenever the run waits,
+    and ``Ended`` when it doesn't any more. batch: the micro-batch to come. losses: while a list,
+    gets the loss of every step, a scalar on the device; it is of the step's whole batch.
     """
 
     def __init__(self):
         self.allowed: Queue[int] = Queue()
-        self.waiting: Queue[BaseException | None] = Queue()
+        self.waiting: Queue[Ended | None] = Queue()
         self.losses: list[Tensor] | None = None
         self.split: Split | None = None
         self._left = 0
@@ -123,6 +129,8 @@ class Fit:
         self.config = config
         self.turns = TurnTaking()
         self.seconds_to_first_step = 0.0
+        self.is_waiting = False
+        """Whether the run stands before a step."""
         arguments = {"settings": settings, "vocab_size": vocab_size, "callbacks": [self.turns]}
         self._thread = threading.Thread(target=self._run, kwargs=arguments, daemon=True)
 
@@ -132,7 +140,7 @@ class Fit:
             run(self.config, experiment="bench", overrides=[], **arguments)
         except BaseException as caught:
             error = caught
-        self.turns.waiting.put(error)
+        self.turns.waiting.put(Ended(error))
 
     def start(self) -> None:
         """Run up to the first step, which is not made yet."""
@@ -146,7 +154,7 @@ class Fit:
         """Make this many optimizer steps."""
         self.turns.allowed.put(number)
         self._wait()
-        if not self._thread.is_alive():
+        if not self.is_waiting:
             raise AssertionError("the run ended by itself")
 
     def losses(self, number: int) -> list[float]:
@@ -164,22 +172,19 @@ class Fit:
         split.stop(self.turns.trainer)
         return split.milliseconds(number)
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the run stands before a step."""
-        return self._thread.is_alive()
-
     def stop(self) -> None:
-        """End the run."""
-        self.turns.allowed.put(0)
-        self._wait()
+        """End the run, if it hasn't ended."""
+        if self.is_waiting:
+            self.turns.allowed.put(0)
+            self._wait()
         self._thread.join()
 
     def _wait(self) -> None:
         with redirect_stdout(io.StringIO()):
-            error = self.turns.waiting.get()
-        if error is not None:
-            raise error
+            message = self.turns.waiting.get()
+        self.is_waiting = message is None
+        if message is not None and message.error is not None:
+            raise message.error
 
     @property
     def module(self) -> PretrainModule:
