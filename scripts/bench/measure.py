@@ -192,10 +192,9 @@ class Bench:
         self.stage.enter(plain)
         self.calls[PLAIN] = self.stage.turn(plain, plain.steps)
         if on_gpu:
-            shown = ", ".join(
-                f"{n} {ms:.1f} ms" for n, ms in plain.choose_backend(self.clock).items()
-            )
-            print(f"{self.preset}: plain: {shown} a step; the faster is taken", flush=True)
+            for backend, milliseconds in plain.choose_backend(self.clock).items():
+                line = f"plain with {backend} attention: {milliseconds:.2f} ms a step"
+                print(f"{self.preset}: {line}", flush=True)
 
     def _warm_up(self, name: str, steps: int) -> None:
         run = self.runs[name]
