@@ -39,6 +39,7 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
     parser.add_argument("--rounds", type=int, default=4, help="bursts of each contender")
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; the preset's by default")
     parser.add_argument("--agree", type=int, default=40, help="steps until losses are compared")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="nats they may differ by")
     parser.add_argument("--every", type=int, default=100, help="steps a materialised pass")
     parser.add_argument("--vocab-size", type=int, help="of the models; by default the tokenizer's")
     parser.add_argument("--compile", action="store_true", help="the plain loop on a CPU too")
@@ -67,8 +68,7 @@ def main(arguments: list[str]) -> None:
         folder = options.json.parent
         require(folder.is_dir(), "--json", "must be in a folder that exists", str(options.json))
     quiet()
-    settings = Options(**{f.name: getattr(options, f.name) for f in fields(Options)
-                          if hasattr(options, f.name)})  # fmt: skip
+    settings = Options(**{field.name: getattr(options, field.name) for field in fields(Options)})
     kept: list[dict[str, Any]] = [] if options.json is None else read_entries(options.json)
     about = environment("scripts.bench")
     for preset in presets:
