@@ -76,6 +76,22 @@ def measure(preset: str, overrides: list[str], options: Options) -> list[dict[st
             return bench.measure()
 
 
+def agreement(losses: dict[str, list[float]], tolerance: float) -> list[str]:
+    """A line for each contender's latest loss beside ``sinklab+stats``'s of the same step.
+
+    Raises AssertionError if two are more than ``tolerance`` apart, or one is no number.
+    """
+    lines = []
+    for name, theirs in losses.items():
+        step, ours = len(theirs), losses[TRACKED][len(theirs) - 1]
+        line = f"loss of step {step}: {TRACKED} {ours:.5f}, {name} {theirs[-1]:.5f}"
+        if not abs(theirs[-1] - ours) <= tolerance:
+            raise AssertionError(f"{line}: more than {tolerance} apart")
+        if name != TRACKED:
+            lines.append(line)
+    return lines
+
+
 class Bench:
     """Contenders of one preset, in the order in which they are made."""
 
@@ -131,7 +147,8 @@ class Bench:
         if self._can_be(PLAIN, check_plain):
             self._add_plain(weights)
             self._warm_up(PLAIN, self.options.agree)
-        self._check_agreement()
+        for line in agreement(self.losses, self.options.tolerance):
+            print(f"{self.preset}: {line}", flush=True)
 
         bursts = {name: 1 if name == MATERIALISED else self.period for name in self.calls}
         timings = interleaved(
@@ -204,21 +221,6 @@ class Bench:
             run.seconds_to_first_step += time.perf_counter() - start
             losses += run.losses(max(steps, WARM_UP) - 1)
         self.losses[name] = losses
-
-    def _check_agreement(self) -> None:
-        """Raise AssertionError unless all have had the same loss at their latest common step."""
-        for name, losses in self.losses.items():
-            ours = self.losses[TRACKED][len(losses) - 1]
-            difference = abs(losses[-1] - ours)
-            line = (
-                f"{self.preset}: loss of step {len(losses)}: {TRACKED} {ours:.5f}, {name} "
-                f"{losses[-1]:.5f}"
-            )
-            # Not a number is no agreement either.
-            if not difference <= self.options.tolerance:
-                raise AssertionError(f"{line}: more than {self.options.tolerance} apart")
-            if name != TRACKED:
-                print(line, flush=True)
 
     def _entry(self, name: str, timings: dict[str, Timing]) -> dict[str, Any]:
         timing, extra = timings[name], {}
