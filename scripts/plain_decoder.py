@@ -8,6 +8,7 @@ Axes: B rows, T positions, C width of the residual stream, H heads, D head dim, 
 """
 
 from contextlib import nullcontext
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ def check_plain(config: RunConfig) -> None:
     ]
     for setting, value, allowed in checks:
         shown = " or ".join("null" if choice is None else str(choice) for choice in allowed)
-        require(value in allowed, setting, f"must be {shown} for the plain peer", value)
+        got = value.value if isinstance(value, StrEnum) else value
+        require(value in allowed, setting, f"must be {shown} for the plain peer", got)
 
 
 class PlainBlock(nn.Module):

@@ -156,7 +156,7 @@ def test_the_plain_decoder_is_the_decoder(tiny, model):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("packing=document", "packing.mask must be causal for the plain peer"),
+        ("packing=document", "packing.mask must be causal for the plain peer, got 'document'"),
         ("attention=sigmoid", "attention must be softmax for the plain peer, got 'sigmoid'"),
         ("model.num_kv_heads=1", "model.num_kv_heads must be null or 2 for the plain peer, got 1"),
         ("model.position=none", "model.position must be rope for the plain peer, got 'none'"),
