@@ -11,7 +11,6 @@ layer's core stands beside it, from q, k and v as projected to what the output p
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from kernels.bench.environment import environment
-from kernels.bench.timing import Captured, Clock, CudaClock, interleaved
+from kernels.bench.timing import Captured, Clock, CudaClock, HostClock, interleaved
 from kernels.errors import require
 from kernels.masks import IntervalMask
 from models.attention import ATTENTIONS, Attention, LayerInputs
@@ -46,18 +45,6 @@ def variants() -> dict[str, tuple[str, dict, str]]:
             found[f"{name} normalized"] = (name, {"normalize": True}, "rope")
     found["softmax alibi"] = ("softmax", {}, "alibi")
     return found
-
-
-class HostClock:
-    """The process's own time, for machines without a GPU."""
-
-    def mark(self) -> float:
-        """Now, in seconds."""
-        return time.perf_counter()
-
-    def milliseconds(self, start: float, stop: float) -> float:
-        """Between two marks."""
-        return 1000 * (stop - start)
 
 
 class Core(nn.Module):

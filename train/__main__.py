@@ -40,11 +40,7 @@ def main(settings: DictConfig) -> None:
     from train.run import run
     from train.shortage import shortage
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
-    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
-    warnings.filterwarnings("ignore", ".*does not have many workers")
+    quiet()
     chosen = HydraConfig.get()
     in_sweep = chosen.mode is RunMode.MULTIRUN
     if in_sweep:
@@ -81,6 +77,15 @@ def main(settings: DictConfig) -> None:
             # One run out of memory at night is no reason to lose the others.
             print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
         _failed_jobs.append(mistake is not None)
+
+
+def quiet() -> None:
+    """Keep from the terminal what Lightning says that helps nobody here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
+    warnings.filterwarnings("ignore", ".*does not have many workers")
 
 
 def _quoted(argument: str) -> str:

@@ -1,6 +1,7 @@
 """One run, from its settings to its folder."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import lightning as L
@@ -53,14 +54,18 @@ def run(
     overrides: list[str],
     skip_finished: bool = False,
     signals: StopSignals | None = None,
+    vocab_size: int | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Train as ``config`` says and leave the run folder.
 
     settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
     run that has made all its steps as it is, rather than raise UserError. signals: entered by the
-    caller, end the run with its state saved. Every check that can fail runs before the first file
-    is written; a user's mistake raises UserError.
+    caller, end the run with its state saved. vocab_size: ids that the model is to know, at least
+    the tokenizer's, which are the default. callbacks: called after the run's own. Every check that
+    can fail runs before the first file is written; a user's mistake raises UserError.
     """
+    began = time.perf_counter()
     console = Console(markup=False)
     accelerator, precision = _device(config.trainer)
     total_steps = check_schedule(config.schedule, config.trainer.max_steps)
@@ -82,9 +87,12 @@ def run(
     accumulation = data.accumulation(world_size=1)
     start = time.perf_counter()
     data.setup()
+    vocab_size = data.vocab_size if vocab_size is None else vocab_size
+    allowed = f"must be >= {data.vocab_size}, the tokenizer's"
+    require(vocab_size >= data.vocab_size, "the model's vocabulary", allowed, vocab_size)
     L.seed_everything(config.seed, verbose=False)
     module = PretrainModule(
-        Decoder(config.model, config.attention, data.vocab_size),
+        Decoder(config.model, config.attention, vocab_size),
         config.optimizer,
         config.schedule,
         total_steps,
@@ -126,7 +134,7 @@ def run(
     )
 
     stopping = Stopping(signals or StopSignals(), folder)
-    validation, rows, callbacks = _callbacks(
+    validation, rows, own_callbacks = _callbacks(
         config, data, folder, console, wandb_logger, stopping, run_id
     )
     trainer = L.Trainer(
@@ -136,7 +144,7 @@ def run(
         max_steps=config.trainer.max_steps,
         accumulate_grad_batches=accumulation,
         deterministic=config.trainer.deterministic,
-        callbacks=callbacks,
+        callbacks=[*own_callbacks, *callbacks],
         plugins=[StateFileIO()],
         logger=[metrics] if wandb_logger is None else [metrics, wandb_logger],
         enable_progress_bar=False,
@@ -167,6 +175,7 @@ def run(
             validation.latest,
             rows.latest,
             training_seconds,
+            time.perf_counter() - began,
             is_proxy=module.decoder.alpha_kind == "proxy",
         )
 

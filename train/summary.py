@@ -20,13 +20,15 @@ def print_summary(
     evaluation: Evaluation,
     row: dict[str, float],
     training_seconds: float,
+    run_seconds: float,
     *,
     is_proxy: bool,
 ) -> None:
     """Print the final figures of a run.
 
-    row: the latest value of every metric. is_proxy: masses are shares of weights that no softmax
-    made, and are marked.
+    row: the latest value of every metric. run_seconds: all that the run took, the training steps'
+    ``training_seconds`` included. is_proxy: masses are shares of weights that no softmax made, and
+    are marked.
     """
     mark = " (proxy)" if is_proxy else ""
     metrics = evaluation.metrics
@@ -78,7 +80,8 @@ def print_summary(
     speed = row.get("perf/tokens_per_second")
     pace = f", {speed / 1000:.1f}k tokens/s" if speed else ""
     lines = [
-        f"trained for {training_seconds:.0f} s on {row['tokens']:,} tokens{pace}",
+        f"trained for {training_seconds:.0f} s of {run_seconds:.0f} s on {row['tokens']:,} "
+        f"tokens{pace}",
         f"everything is in {folder.path}"
         + (f"; pictures in {folder.figures}" if folder.figures.is_dir() else ""),
     ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,6 +47,18 @@ class CudaClock:
         return start.elapsed_time(stop)
 
 
+class HostClock:
+    """The process's own time, for machines without a GPU."""
+
+    def mark(self) -> float:
+        """Now, in seconds."""
+        return time.perf_counter()
+
+    def milliseconds(self, start: float, stop: float) -> float:
+        """Between two marks."""
+        return 1000 * (stop - start)
+
+
 class Timing(NamedTuple):
     """Milliseconds a call over the rounds: median, and distance between the quartiles."""
 
@@ -59,14 +72,18 @@ def interleaved(
     clock: Clock,
     rounds: int = 20,
     burst_ms: float = 5.0,
+    burst_calls: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
     """Time each call, by its name.
 
     rounds: bursts of each call, at least 2. burst_ms: how long a burst should last; a call that
-    takes longer is a burst.
+    takes longer is a burst. burst_calls: calls in a burst of those named, whatever they take, for
+    calls of which every n-th does more; such calls are taken to be warm.
     """
-    lengths = {}
+    lengths = dict(burst_calls or {})
     for name, call in calls:
+        if name in lengths:
+            continue
         for _ in range(WARM_UP_CALLS):
             call()
         start = clock.mark()
