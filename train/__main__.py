@@ -4,11 +4,9 @@ A mistake in the settings ends in one line and exit code 2. A sweep goes on when
 fails, and the same sweep again runs what isn't finished: exit code 1 if any failed.
 """
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 
 # Hydra prints and exits by itself otherwise; here every error ends in one place, below.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -32,20 +30,15 @@ _failed_jobs: list[Exception] = []
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(settings: DictConfig) -> None:
     # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
-    from train.run import run
+    from train.launch import start
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
-    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
-    warnings.filterwarnings("ignore", ".*does not have many workers")
     chosen = HydraConfig.get()
     in_sweep = chosen.mode is RunMode.MULTIRUN
     if in_sweep:
         # The same sweep again does what is missing of it.
         settings.resume = True
     try:
-        run(
+        start(
             typed(settings),
             settings=plain(settings),
             experiment=chosen.runtime.choices.get("experiment") or "default",

@@ -1,5 +1,6 @@
 """A user's mistake as one line on stderr and exit code 2, whatever library found it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,11 +21,18 @@ NOISE = (
 )
 """Beginnings of lines of Hydra's messages that help nobody who mistyped a setting."""
 
+
+class KnownToAll(UserError):
+    """A mistake that all ranks of a run raise alike, so that rank 0 alone tells it."""
+
+
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 
 
 def tell(error: Exception) -> None:
     """Print an error about settings as one line that names the setting and what is wrong."""
+    if isinstance(error, KnownToAll) and os.environ.get("RANK", "0") != "0":
+        return
     text = str(error)
     if isinstance(error, OverrideParseException):
         text = f"override {error.override!r} can't be parsed: {error.message}"

@@ -9,12 +9,15 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from kernels.attention import StatisticsLevel
 from models.batch import IGNORE_LABEL, PackedBatch
 from models.decoder import Decoder, LayerRecord
 from train.optimizers import OptimizerConfig, build_optimizer
+from train.ranks import is_first, summed
 from train.schedules import ScheduleConfig
+from train.sharding import shard, whole
 
 
 def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -60,9 +63,32 @@ class PretrainModule(L.LightningModule):
         self.register_buffer("loss_since_record", torch.zeros(3, dtype=torch.float64))
         # First step whose gradients were not finite, from 1; 0 for none. Read when logging.
         self.register_buffer("first_bad_step", torch.zeros((), dtype=torch.int64), persistent=False)
+        # Of each rank its own: DDP would give all of them the first rank's.
+        own = [name for name, _ in self.named_buffers(recurse=False)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)
         self.seconds_outside = 0.0
         self.lr = 0.0
         self._step_before = -1
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.decoder, self.device_mesh["data_parallel"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint has the loss of all ranks; the first goes on from it, others from 0."""
+        total = self.loss_since_record.clone()
+        total[0] = summed(total[0])
+        checkpoint["state_dict"]["loss_since_record"] = total
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The first rank's share of the loss, and batches counted as this many ranks do."""
+        if not is_first():
+            checkpoint["state_dict"]["loss_since_record"][0] = 0
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        change = batches - progress["current"]["ready"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: n + change for name, n in counts.items()})
 
     def record(self, metrics: dict[str, float]) -> None:
         """Add metrics to the current step's row."""
@@ -115,6 +141,7 @@ class PretrainModule(L.LightningModule):
         )
         # A loss that is no number makes all gradients none. Fused AdamW then skips its update, on
         # the device; whatever another optimizer makes of it is never kept (``FiniteCheck``).
+        norm = whole(norm)
         is_bad = ~norm.isfinite()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = is_bad.float()
@@ -125,7 +152,7 @@ class PretrainModule(L.LightningModule):
 
     def losses(self, *, restart: bool) -> dict[str, float]:
         """``train/loss`` and ``train/gradient_norm``, means over the steps since a restart."""
-        total = self.trainer.strategy.reduce(self.loss_since_record[0], reduce_op="sum").item()
+        total = summed(self.loss_since_record[0]).item()
         _, steps, norm = self.loss_since_record.tolist()
         if restart:
             self.loss_since_record.zero_()

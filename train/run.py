@@ -24,7 +24,9 @@ from train.figures import draw_figures
 from train.loggers import MetricsCSV, WandbRun, build_wandb_logger, wandb_mode
 from train.metrics import HORIZON
 from train.module import PretrainModule
+from train.parallel import ask_no_other_rank, trainer_arguments
 from train.provenance import provenance
+from train.ranks import is_first, join, one_mistake
 from train.run_folder import (
     PARENT,
     RunFolder,
@@ -49,73 +51,78 @@ def run(
 
     settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
     run that has made all its steps as it is, rather than raise UserError. Every check that can
-    fail runs before the first file is written; a user's mistake raises UserError.
+    fail runs before the first file is written; a user's mistake raises UserError. Of many ranks,
+    each calls this; all find what is wrong, the first alone writes and talks.
     """
     console = Console(markup=False)
-    accelerator, precision = _device(config.trainer)
-    total_steps = check_schedule(config.schedule, config.trainer.max_steps)
-    if not isinstance(config.schedule, ConstantSchedule):
-        # A resume may lengthen the run, but not bend the curve it is on.
-        settings["schedule"]["total_steps"] = total_steps
-    if config.init_from is not None:
-        settings[PARENT] = find_parent(settings)
-    parent = settings.get(PARENT)
-    mode = wandb_mode(config.logger)
-    folder, resuming = open_run_folder(settings, experiment, overrides)
-    if skip_finished and folder.is_finished(config.trainer.max_steps):
-        console.print(f"finished before: {folder.path}", highlight=False, soft_wrap=True)
-        return
+    accelerator, precision = device_of(config.trainer)
+    world_size = join(config.trainer, accelerator)
+    with one_mistake():
+        total_steps = check_schedule(config.schedule, config.trainer.max_steps)
+        if not isinstance(config.schedule, ConstantSchedule):
+            # A resume may lengthen the run, but not bend the curve it is on.
+            settings["schedule"]["total_steps"] = total_steps
+        if config.init_from is not None:
+            settings[PARENT] = find_parent(settings)
+        parent = settings.get(PARENT)
+        mode = wandb_mode(config.logger) if is_first() else "disabled"
+        folder, resuming = open_run_folder(settings, experiment, overrides)
+        if skip_finished and folder.is_finished(config.trainer.max_steps):
+            console.print(f"finished before: {folder.path}", highlight=False, soft_wrap=True)
+            return
 
-    data = data_of(config)
-    accumulation = data.accumulation(world_size=1)
-    start = time.perf_counter()
-    data.setup()
-    L.seed_everything(config.seed, verbose=False)
-    module = PretrainModule(
-        Decoder(config.model, config.attention, data.vocab_size),
-        config.optimizer,
-        config.schedule,
-        total_steps,
-        config.tracking.statistics,
-        config.packing.batch_tokens,
-    )
-    _check_positions(module.decoder, config.packing.context)
-    allowed = f"must be [] for packing.context < {HORIZON}"
-    probed, long = config.tracking.probes, config.packing.context >= HORIZON
-    require(long or not probed, "tracking.probes", allowed, probed)
-    step = check_state_file(folder, module, data) if resuming else -1
-    if parent is not None and not resuming:
-        start_from(module.decoder, parent, data.tokenizer.sha256)
-    if step >= config.trainer.max_steps:
-        raise UserError(
-            f"trainer.max_steps must be > {step} to go on with the run in {folder.path}, "
-            f"got {config.trainer.max_steps}"
+        data = data_of(config)
+        accumulation = data.accumulation(world_size)
+        start = time.perf_counter()
+        data.setup()
+        L.seed_everything(config.seed, verbose=False)
+        module = PretrainModule(
+            Decoder(config.model, config.attention, data.vocab_size),
+            config.optimizer,
+            config.schedule,
+            total_steps,
+            config.tracking.statistics,
+            config.packing.batch_tokens,
         )
+        _check_positions(module.decoder, config.packing.context)
+        allowed = f"must be [] for packing.context < {HORIZON}"
+        probed, long = config.tracking.probes, config.packing.context >= HORIZON
+        require(long or not probed, "tracking.probes", allowed, probed)
+        step = check_state_file(folder, module, data) if resuming else -1
+        if parent is not None and not resuming:
+            start_from(module.decoder, parent, data.tokenizer.sha256)
+        if step >= config.trainer.max_steps:
+            raise UserError(
+                f"trainer.max_steps must be > {step} to go on with the run in {folder.path}, "
+                f"got {config.trainer.max_steps}"
+            )
 
-    _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
-    device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
-    measured = {"alpha_kind": module.decoder.alpha_kind}
-    origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
-    run_id = write_run_files(folder, settings, origin)
-    data.tokenizer.save(folder.tokenizer)
-    drop_after(folder, step)
-    metrics = MetricsCSV(folder.metrics)
-    metrics.keep_until(step)
-    wandb_logger = build_wandb_logger(
-        config.logger,
-        mode,
-        folder.path,
-        run_id,
-        settings,
-        measured,
-        experiment=experiment,
-        overrides=overrides,
-    )
+    metrics, wandb_logger = MetricsCSV(folder.metrics), None
+    with one_mistake():
+        if is_first():
+            _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
+            device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
+            measured = {"alpha_kind": module.decoder.alpha_kind}
+            origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
+            run_id = write_run_files(folder, settings, origin)
+            data.tokenizer.save(folder.tokenizer)
+            drop_after(folder, step)
+            metrics.keep_until(step)
+            wandb_logger = build_wandb_logger(
+                config.logger,
+                mode,
+                folder.path,
+                run_id,
+                settings,
+                measured,
+                experiment=experiment,
+                overrides=overrides,
+            )
 
     validation, rows, callbacks = _callbacks(config, data, folder, console, wandb_logger)
     trainer = L.Trainer(
         accelerator=accelerator,
-        devices=1,
+        **trainer_arguments(config.trainer, world_size),
         precision=precision,
         max_steps=config.trainer.max_steps,
         accumulate_grad_batches=accumulation,
@@ -130,6 +137,8 @@ def run(
         limit_val_batches=0,
         default_root_dir=folder.path,
     )
+    if world_size > 1:
+        ask_no_other_rank(trainer)
     started = time.perf_counter()
     ckpt_path = str(folder.last) if resuming else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -151,7 +160,7 @@ def run(
         )
 
 
-def _device(trainer: TrainerConfig) -> tuple[str, str]:
+def device_of(trainer: TrainerConfig) -> tuple[str, str]:
     """Lightning's names of accelerator and precision. Raises UserError for what isn't there."""
     accelerator = trainer.accelerator
     if accelerator is Accelerator.auto:

@@ -1,0 +1,184 @@
+"""Starting a run: here, or in processes of its own, one for each of its ranks on this machine.
+
+Ranks are plain processes, ``python -m train.rank``, with the environment variables that torchrun
+would set. They end together: when one fails, the others get a moment, then they are killed. When
+this process is killed, they notice (``train.rank``). SIGTERM goes on to them.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from kernels.errors import UserError
+from train.config import RunConfig
+from train.ranks import devices_here, is_rank
+from train.run import device_of, run
+
+GRACE = 10.0
+"""Seconds that the other ranks have to end by themselves when one has failed."""
+
+JOB, MISTAKE = "job.json", "mistake-{rank}.txt"
+"""Files between a run and its ranks: what to do, and the mistake that a rank found."""
+
+
+class RankFailed(RuntimeError):
+    """A rank that ended by something else than a user's mistake; it has said why."""
+
+
+def quiet() -> None:
+    """Silence what Lightning says about choices that are meant."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
+    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    # FSDP2 of torch 2.13: the logits leave out padded rows, and nothing is changed in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+
+def start(
+    config: RunConfig,
+    *,
+    settings: dict,
+    experiment: str,
+    overrides: list[str],
+    skip_finished: bool = False,
+    apart: bool = False,
+    environment: dict[str, str] | None = None,
+) -> None:
+    """``train.run.run``, on as many ranks as ``config.trainer`` says.
+
+    apart: even one rank gets a process of its own, so that nothing that happens to it, not even a
+    kill, happens to this one. environment: variables for these processes.
+    Raises ``UserError`` for a user's mistake, ``RankFailed`` if a rank ends otherwise.
+    """
+    quiet()
+    arguments = {
+        "settings": settings,
+        "experiment": experiment,
+        "overrides": overrides,
+        "skip_finished": skip_finished,
+    }
+    if is_rank():
+        run(config, **arguments)
+        return
+    if config.trainer.num_nodes > 1:
+        raise UserError(
+            "trainer.num_nodes must be 1 unless torchrun or srun starts the ranks, "
+            f"got {config.trainer.num_nodes}"
+        )
+    ranks = devices_here(config.trainer, device_of(config.trainer)[0])
+    if ranks == 1 and not apart:
+        run(config, **arguments)
+        return
+    _run_apart(arguments, ranks, environment or {})
+
+
+def _run_apart(arguments: dict, ranks: int, environment: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="sinklab-") as name:
+        folder = Path(name)
+        (folder / JOB).write_text(json.dumps(arguments | {"argv": sys.argv}))
+        processes = _start_ranks(folder, ranks, environment)
+        with _passed_on(processes) as got_signal:
+            try:
+                _wait(processes)
+            finally:
+                _end(processes)
+        if got_signal:
+            # Now that the ranks have ended, what it does to this process.
+            signal.raise_signal(signal.SIGTERM)
+        mistakes = [folder / MISTAKE.format(rank=rank) for rank in range(ranks)]
+        for path in mistakes:
+            if path.exists():
+                raise UserError(path.read_text())
+    codes = [process.returncode for process in processes]
+    if any(code == 130 for code in codes):
+        raise KeyboardInterrupt
+    for rank, code in enumerate(codes):
+        # A rank that was ended because of another one says nothing about why.
+        if code > 0 or (code < 0 and all(other <= 0 for other in codes)):
+            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+            raise RankFailed(f"rank {rank} of {ranks} ended with {how}")
+
+
+def _start_ranks(folder: Path, ranks: int, environment: dict[str, str]) -> list[subprocess.Popen]:
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    common = {**os.environ, **environment, "PYTHONPATH": paths}
+    if ranks > 1:
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        # As many threads as cores in each rank would only get in each other's way.
+        common.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
+    processes = []
+    for rank in range(ranks):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks}
+        command = [sys.executable, "-m", "train.rank", str(folder), str(rank)]
+        variables = common | {name: str(value) for name, value in own.items()}
+        processes.append(subprocess.Popen(command, env=variables))
+    return processes
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def _passed_on(processes: list[subprocess.Popen]) -> Iterator[list[int]]:
+    """SIGTERM goes to the ranks; the list says whether it came."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+
+    def pass_on(number: int, frame: object) -> None:
+        got.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield got
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait(processes: list[subprocess.Popen]) -> None:
+    """Until all have ended; for ``GRACE`` seconds once one has failed."""
+    deadline = None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and any(process.returncode for process in processes):
+            deadline = time.monotonic() + GRACE
+        if deadline is not None and time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """End what is left: after Ctrl-C, which the ranks got too, or of a run that has failed."""
+    deadline = time.monotonic() + GRACE
+    interrupted = sys.exc_info()[0] is KeyboardInterrupt
+    for process in processes:
+        if process.poll() is None and not interrupted:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
