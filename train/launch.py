@@ -2,7 +2,7 @@
 
 Ranks are plain processes, ``python -m train.rank``, with the environment variables that torchrun
 would set. They end together: when one fails, the others get a moment, then they are killed. When
-this process is killed, they notice (``train.rank``). SIGTERM goes on to them.
+this process is killed, they notice (``train.rank``). Signals go on to them.
 """
 
 import json
@@ -30,6 +30,9 @@ from train.run import device_of, run
 GRACE = 10.0
 """Seconds that the other ranks have to end by themselves when one has failed."""
 
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+"""Signals for the ranks; Ctrl-C reaches them by itself."""
+
 JOB, MISTAKE = "job.json", "mistake-{rank}.txt"
 """Files between a run and its ranks: what to do, and the mistake that a rank found."""
 
@@ -47,6 +50,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers")
     # FSDP2 of torch 2.13: the logits leave out padded rows, and nothing is changed in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    if is_rank():
+        # All ranks open the corpus at once, and say that they wait for each other.
+        logging.getLogger("data.files").setLevel(logging.ERROR)
 
 
 def start(
@@ -95,11 +101,15 @@ def _run_apart(arguments: dict, ranks: int, environment: dict[str, str]) -> None
         with _passed_on(processes) as got_signal:
             try:
                 _wait(processes)
+            except KeyboardInterrupt:
+                # The ranks got it too, and save; a second one ends them at once.
+                _wait(processes)
+                raise
             finally:
                 _end(processes)
         if got_signal:
             # Now that the ranks have ended, what it does to this process.
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(got_signal[0])
         mistakes = [folder / MISTAKE.format(rank=rank) for rank in range(ranks)]
         for path in mistakes:
             if path.exists():
@@ -139,7 +149,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _passed_on(processes: list[subprocess.Popen]) -> Iterator[list[int]]:
-    """SIGTERM goes to the ranks; the list says whether it came."""
+    """SIGTERM and SIGUSR1 go to the ranks, which save and end; the list has what came."""
     got: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield got
@@ -151,11 +161,12 @@ def _passed_on(processes: list[subprocess.Popen]) -> Iterator[list[int]]:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
         yield got
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait(processes: list[subprocess.Popen]) -> None:
@@ -170,15 +181,7 @@ def _wait(processes: list[subprocess.Popen]) -> None:
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """End what is left: after Ctrl-C, which the ranks got too, or of a run that has failed."""
-    deadline = time.monotonic() + GRACE
-    interrupted = sys.exc_info()[0] is KeyboardInterrupt
+    """End what is left of a run that has failed. Ranks that wait for a dead one hear nothing."""
     for process in processes:
-        if process.poll() is None and not interrupted:
-            process.terminate()
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
