@@ -15,14 +15,21 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 from train.config import plain, register_configs, typed
-from train.mistakes import MISTAKES, tell
+from train.gpus import jobs_at_once
+from train.mistakes import MISTAKES, JobFailed, tell
+from train.ranks import is_rank
 
 register_configs()
+
+SIDE_BY_SIDE = ("JoblibLauncher", "LocalLauncher")
+"""Hydra's launchers whose jobs share a machine without anybody who shares out its GPUs."""
+
+OmegaConf.register_new_resolver("sinklab.jobs_at_once", jobs_at_once, replace=True)
 
 _failed_jobs: list[Exception] = []
 
@@ -34,6 +41,7 @@ def main(settings: DictConfig) -> None:
 
     chosen = HydraConfig.get()
     in_sweep = chosen.mode is RunMode.MULTIRUN
+    launcher = chosen.launcher._target_.rpartition(".")[2]
     if in_sweep:
         # The same sweep again does what is missing of it.
         settings.resume = True
@@ -44,18 +52,27 @@ def main(settings: DictConfig) -> None:
             experiment=chosen.runtime.choices.get("experiment") or "default",
             overrides=list(chosen.overrides.task),
             skip_finished=in_sweep,
+            apart=in_sweep and launcher in SIDE_BY_SIDE,
         )
     except (UserError, OmegaConfBaseException) as error:
         # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
         tell(error)
-        _failed_jobs.append(error)
+        _failed(error, launcher)
     except Exception as error:
-        if not in_sweep:
+        if not in_sweep or is_rank():
+            # The other ranks are somewhere else, and no job can be begun with them.
             raise
         # One run out of memory at night is no reason to lose the others.
         traceback.print_exc()
         print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
-        _failed_jobs.append(error)
+        _failed(error, launcher)
+
+
+def _failed(error: Exception, launcher: str) -> None:
+    """Remember a failed job until the end, or let the sweep's own process remember it."""
+    if launcher != "BasicLauncher":
+        raise JobFailed(f"{type(error).__name__}: {error}", isinstance(error, MISTAKES)) from None
+    _failed_jobs.append(error)
 
 
 def _quoted(argument: str) -> str:
@@ -81,6 +98,10 @@ def command(arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         tell(error)
         return 2
+    except JobFailed as failed:
+        # The first of those that failed, when all have ended.
+        print(f"failed: {failed.what}", file=sys.stderr)
+        return 2 if failed.is_mistake else 1
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:

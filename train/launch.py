@@ -24,6 +24,7 @@ import torch
 
 from kernels.errors import UserError
 from train.config import RunConfig
+from train.gpus import claimed, visible_gpus
 from train.ranks import devices_here, is_rank
 from train.run import device_of, run
 
@@ -63,12 +64,11 @@ def start(
     overrides: list[str],
     skip_finished: bool = False,
     apart: bool = False,
-    environment: dict[str, str] | None = None,
 ) -> None:
     """``train.run.run``, on as many ranks as ``config.trainer`` says.
 
-    apart: even one rank gets a process of its own, so that nothing that happens to it, not even a
-    kill, happens to this one. environment: variables for these processes.
+    apart: for runs side by side on this machine. Even one rank gets a process of its own, so that
+    nothing that happens to it, not even a kill, happens to the others; and GPUs of its own.
     Raises ``UserError`` for a user's mistake, ``RankFailed`` if a rank ends otherwise.
     """
     quiet()
@@ -86,11 +86,15 @@ def start(
             "trainer.num_nodes must be 1 unless torchrun or srun starts the ranks, "
             f"got {config.trainer.num_nodes}"
         )
-    ranks = devices_here(config.trainer, device_of(config.trainer)[0])
+    accelerator, _ = device_of(config.trainer)
+    ranks = devices_here(config.trainer, accelerator)
     if ranks == 1 and not apart:
         run(config, **arguments)
-        return
-    _run_apart(arguments, ranks, environment or {})
+    elif apart and accelerator == "gpu":
+        with claimed(ranks, visible_gpus()) as environment:
+            _run_apart(arguments, ranks, environment)
+    else:
+        _run_apart(arguments, ranks, {})
 
 
 def _run_apart(arguments: dict, ranks: int, environment: dict[str, str]) -> None:
@@ -172,8 +176,8 @@ def _passed_on(processes: list[subprocess.Popen]) -> Iterator[list[int]]:
 def _wait(processes: list[subprocess.Popen]) -> None:
     """Until all have ended; for ``GRACE`` seconds once one has failed."""
     deadline = None
-    while any(process.poll() is None for process in processes):
-        if deadline is None and any(process.returncode for process in processes):
+    while None in (codes := [process.poll() for process in processes]):
+        if deadline is None and any(codes):
             deadline = time.monotonic() + GRACE
         if deadline is not None and time.monotonic() > deadline:
             return
