@@ -104,7 +104,7 @@ def _run_apart(arguments: dict, ranks: int, environment: dict[str, str]) -> None
         processes = _start_ranks(folder, ranks, environment)
         with _passed_on(processes) as got_signal:
             try:
-                _wait(processes)
+                failed = _wait(processes)
             except KeyboardInterrupt:
                 # The ranks got it too, and save; a second one ends them at once.
                 _wait(processes)
@@ -121,11 +121,10 @@ def _run_apart(arguments: dict, ranks: int, environment: dict[str, str]) -> None
     codes = [process.returncode for process in processes]
     if any(code == 130 for code in codes):
         raise KeyboardInterrupt
-    for rank, code in enumerate(codes):
-        # A rank that was ended because of another one says nothing about why.
-        if code > 0 or (code < 0 and all(other <= 0 for other in codes)):
-            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-            raise RankFailed(f"rank {rank} of {ranks} ended with {how}")
+    if failed is not None:
+        code = codes[failed]
+        how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        raise RankFailed(f"rank {failed} of {ranks} ended with {how}")
 
 
 def _start_ranks(folder: Path, ranks: int, environment: dict[str, str]) -> list[subprocess.Popen]:
@@ -173,14 +172,16 @@ def _passed_on(processes: list[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(processes: list[subprocess.Popen]) -> None:
-    """Until all have ended; for ``GRACE`` seconds once one has failed."""
-    deadline = None
-    while None in (codes := [process.poll() for process in processes]):
-        if deadline is None and any(codes):
+def _wait(processes: list[subprocess.Popen]) -> int | None:
+    """Until all have ended, or ``GRACE`` seconds after one has failed; returns the first of these."""
+    failed, deadline = None, float("inf")
+    while True:
+        codes = [process.poll() for process in processes]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
             deadline = time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() > deadline:
-            return
+        if None not in codes or time.monotonic() > deadline:
+            return failed
         time.sleep(0.05)
 
 
