@@ -173,7 +173,7 @@ def _passed_on(processes: list[subprocess.Popen]) -> Iterator[list[int]]:
 
 
 def _wait(processes: list[subprocess.Popen]) -> int | None:
-    """Until all have ended, or ``GRACE`` seconds after one has failed; returns the first of these."""
+    """Until all have ended, or ``GRACE`` seconds after one failed; returns the first of these."""
     failed, deadline = None, float("inf")
     while True:
         codes = [process.poll() for process in processes]
