@@ -36,13 +36,17 @@ FORMAT = "sinklab model 1"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"
 
 
-def save_model(decoder: Decoder, folder: Path | str) -> None:
+def save_model(
+    decoder: Decoder, folder: Path | str, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write ``decoder`` as ``folder``, which appears complete or not at all.
 
+    weights: the decoder's, where it holds a part of each itself; None are its own.
     Tied embeddings are stored once. Raises ``UserError`` if ``folder`` holds anything already.
     """
     with new_folder(folder) as path:
-        _write_weights(contiguous_cpu(decoder.state_dict()), path / WEIGHTS_FILE)
+        weights = decoder.state_dict() if weights is None else weights
+        _write_weights(contiguous_cpu(weights), path / WEIGHTS_FILE)
         attention = asdict(decoder.attention_config)
         # Which kernel computes it is the choice of whoever loads it, on whatever machine.
         del attention["implementation"]

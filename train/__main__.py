@@ -6,11 +6,9 @@ finished: exit code 1 if any failed. A signal saves the run's state and ends it,
 128 + its number (``train.stopping``).
 """
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 
 # Hydra prints and exits by itself otherwise; here every error ends in one place, below.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -19,15 +17,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 from train.config import plain, register_configs, typed
-from train.mistakes import tell
+from train.gpus import jobs_at_once
+from train.mistakes import MISTAKES, JobFailed, tell
+from train.ranks import is_rank
 from train.stopping import Stopped, StopSignals, is_first_rank
 
 register_configs()
+
+SIDE_BY_SIDE = ("JoblibLauncher", "LocalLauncher")
+"""Hydra's launchers whose jobs share a machine without anybody who shares out its GPUs."""
+
+OmegaConf.register_new_resolver("sinklab.jobs_at_once", jobs_at_once, replace=True)
 
 _failed_jobs: list[bool] = []
 """Of each failed job, whether it was the user's mistake. Not the errors: they hold the memory that
@@ -37,12 +42,12 @@ the job had, the device's too."""
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(settings: DictConfig) -> None:
     # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
-    from train.run import run
+    from train.launch import start
     from train.shortage import shortage
 
-    quiet()
     chosen = HydraConfig.get()
     in_sweep = chosen.mode is RunMode.MULTIRUN
+    launcher = chosen.launcher._target_.rpartition(".")[2]
     if in_sweep:
         # The same sweep again does what is missing of it.
         settings.resume = True
@@ -50,18 +55,19 @@ def main(settings: DictConfig) -> None:
     try:
         config = typed(settings)
         with StopSignals() as signals:
-            run(
+            start(
                 config,
                 settings=plain(settings),
                 experiment=chosen.runtime.choices.get("experiment") or "default",
                 overrides=list(chosen.overrides.task),
                 skip_finished=in_sweep,
+                apart=in_sweep and launcher in SIDE_BY_SIDE,
                 signals=signals,
             )
     except (UserError, OmegaConfBaseException) as error:
         # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
         tell(error)
-        _failed_jobs.append(True)
+        _failed(error, launcher)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise
@@ -69,23 +75,23 @@ def main(settings: DictConfig) -> None:
         mistake = shortage(error, config)
         if mistake is not None:
             tell(mistake)
-        elif not in_sweep:
+        elif not in_sweep or is_rank():
+            # The other ranks are somewhere else, and no job can be begun with them.
             raise
         else:
             traceback.print_exc()
         if in_sweep:
             # One run out of memory at night is no reason to lose the others.
             print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
-        _failed_jobs.append(mistake is not None)
+        _failed(mistake or error, launcher)
 
 
-def quiet() -> None:
-    """Keep from the terminal what Lightning says that helps nobody here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
-    # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
-    warnings.filterwarnings("ignore", ".*does not have many workers")
+def _failed(error: Exception, launcher: str) -> None:
+    """Remember a failed job until the end, or let the sweep's own process remember it."""
+    is_mistake = isinstance(error, MISTAKES)
+    if launcher != "BasicLauncher":
+        raise JobFailed(f"{type(error).__name__}: {error}", is_mistake) from None
+    _failed_jobs.append(is_mistake)
 
 
 def _quoted(argument: str) -> str:
@@ -114,6 +120,10 @@ def command(arguments: list[str]) -> int:
     except Stopped as stopped:
         # Of the other ranks Lightning takes anything but 0 for a crash, and kills the first.
         return stopped.exit_code if is_first_rank() else 0
+    except JobFailed as failed:
+        # The first of those that failed, when all have ended.
+        print(f"failed: {failed.what}", file=sys.stderr)
+        return 2 if failed.is_mistake else 1
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:

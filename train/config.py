@@ -39,6 +39,12 @@ class Accelerator(StrEnum):
     gpu = "gpu"
 
 
+class StrategyName(StrEnum):
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 @dataclass(kw_only=True)
 class TrainerConfig:
     """How long and on what a run trains."""
@@ -51,6 +57,14 @@ class TrainerConfig:
     """Arithmetic of forward and backward; auto = bf16 mixed precision on GPUs, fp32 on CPUs."""
     compile: bool | None = None
     """Compile the forward and backward pass; null = on GPUs."""
+    devices: int | str = 1
+    """GPUs, or processes on a CPU, of each machine; auto = all GPUs. They share the rows of
+    ``packing.batch_tokens``: what is trained doesn't depend on it."""
+    num_nodes: int = 1
+    """Machines; more than one are started by torchrun or srun."""
+    strategy: StrategyName = StrategyName.auto
+    """How several devices share the work: ddp, a copy of the model each; fsdp, FSDP2, each keeps a
+    part of every weight; auto = ddp."""
     num_workers: int = 0
     """Processes that make batches; 0 makes them in the training process."""
     deterministic: bool = True
@@ -61,6 +75,10 @@ class TrainerConfig:
     def __post_init__(self):
         require(self.max_steps >= 1, "trainer.max_steps", "must be >= 1", self.max_steps)
         require(self.num_workers >= 0, "trainer.num_workers", "must be >= 0", self.num_workers)
+        require(self.num_nodes >= 1, "trainer.num_nodes", "must be >= 1", self.num_nodes)
+        is_count = isinstance(self.devices, int) and self.devices >= 1
+        rule = "must be a number >= 1 or auto"
+        require(is_count or self.devices == "auto", "trainer.devices", rule, self.devices)
 
 
 @dataclass(kw_only=True)

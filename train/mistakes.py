@@ -1,5 +1,6 @@
 """A user's mistake as one line on stderr and exit code 2, whatever library found it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,11 +21,27 @@ NOISE = (
 )
 """Beginnings of lines of Hydra's messages that help nobody who mistyped a setting."""
 
+
+class KnownToAll(UserError):
+    """A mistake that all ranks of a run raise alike, so that rank 0 alone tells it."""
+
+
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+
+
+class JobFailed(Exception):
+    """What a sweep's job that ran in another process tells the sweep; it has told the user more."""
+
+    def __init__(self, what: str, is_mistake: bool):
+        super().__init__(what, is_mistake)
+        self.what = what
+        self.is_mistake = is_mistake
 
 
 def tell(error: Exception) -> None:
     """Print an error about settings as one line that names the setting and what is wrong."""
+    if _first_rank_tells(error):
+        return
     text = str(error)
     if isinstance(error, OverrideParseException):
         text = f"override {error.override!r} can't be parsed: {error.message}"
@@ -35,6 +52,17 @@ def tell(error: Exception) -> None:
     kept = [line for line in lines if line and not line.startswith(NOISE)]
     line = "; ".join(dict.fromkeys(kept)).replace(":; ", ": ")
     print("error:", line, file=sys.stderr)
+
+
+def _first_rank_tells(error: Exception) -> bool:
+    """Whether this is another rank, with a mistake that all of a run's ranks found."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        return False
+    # Imported late: most commands need no torch to find a mistake.
+    import torch.distributed
+
+    # Before they have met, all that they have seen is the same settings.
+    return isinstance(error, KnownToAll) or not torch.distributed.is_initialized()
 
 
 def exit_code(

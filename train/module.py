@@ -8,12 +8,16 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from kernels.attention import StatisticsLevel
 from models.batch import PackedBatch
 from models.decoder import Decoder, LayerRecord
+from train.devices import Compiled
 from train.optimizers import OptimizerConfig, build_optimizer
+from train.ranks import is_first, summed
 from train.schedules import ScheduleConfig
+from train.sharding import shard, whole
 
 
 class PretrainModule(L.LightningModule):
@@ -27,7 +31,7 @@ class PretrainModule(L.LightningModule):
     ``key_mass_taps`` (whose gradients are the key mass by layer after the backward pass). Metrics
     gathered with ``record`` become one row of the loggers at the end of the step.
 
-    compiled: compile the forward and backward pass as one graph each, which takes half a minute.
+    compiled: what the compiler gets; the whole forward and backward pass takes it half a minute.
     """
 
     def __init__(
@@ -38,12 +42,19 @@ class PretrainModule(L.LightningModule):
         total_steps: int,
         statistics: StatisticsLevel,
         tokens_per_step: int,
-        compiled: bool = False,
+        compiled: Compiled = Compiled.nothing,
     ):
         super().__init__()
         self.decoder = decoder
         # Rows are of one length, so nothing is to be compiled for any shape.
-        self._loss = torch.compile(decoder.loss, dynamic=False) if compiled else decoder.loss
+        self._compiled_loss = None
+        if compiled is Compiled.whole:
+            self._compiled_loss = torch.compile(decoder.loss, dynamic=False)
+            # DDP would have the graph cut where its buckets end.
+            torch._dynamo.config.optimize_ddp = False
+        elif compiled is Compiled.blocks:
+            for block in decoder.blocks:
+                block.compile(dynamic=False)
         self.optimizer_config = optimizer
         self.schedule = schedule
         self.total_steps = total_steps
@@ -56,9 +67,32 @@ class PretrainModule(L.LightningModule):
         self.register_buffer("loss_since_record", torch.zeros(3, dtype=torch.float64))
         # First step whose gradients were not finite, from 1; 0 for none. Read when logging.
         self.register_buffer("first_bad_step", torch.zeros((), dtype=torch.int64), persistent=False)
+        # Of each rank its own: DDP would give all of them the first rank's.
+        own = [name for name, _ in self.named_buffers(recurse=False)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, own)
         self.seconds_outside = 0.0
         self.lr = 0.0
         self._step_before = -1
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.decoder, self.device_mesh["data_parallel"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint has the loss of all ranks; the first goes on from it, others from 0."""
+        total = self.loss_since_record.clone()
+        total[0] = summed(total[0])
+        checkpoint["state_dict"]["loss_since_record"] = total
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The first rank's share of the loss, and batches counted as this many ranks do."""
+        if not is_first():
+            checkpoint["state_dict"]["loss_since_record"][0] = 0
+        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        change = batches - progress["current"]["ready"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: n + change for name, n in counts.items()})
 
     def record(self, metrics: dict[str, float]) -> None:
         """Add metrics to the current step's row."""
@@ -90,7 +124,9 @@ class PretrainModule(L.LightningModule):
         self._step_before = self.trainer.global_step
         tracked = self.statistics is not StatisticsLevel.off
         self.key_mass_taps = self.decoder.key_mass_taps(batch) if tracked else []
-        loss, self.layers = self._loss(
+        # Looked up now: FSDP puts a method of its own in the decoder's place for it.
+        loss_of = self._compiled_loss or self.decoder.loss
+        loss, self.layers = loss_of(
             batch, statistics=self.statistics, key_mass_taps=self.key_mass_taps or None
         )
         share = loss / batch.num_labels
@@ -110,6 +146,7 @@ class PretrainModule(L.LightningModule):
         )
         # A loss that is no number makes all gradients none. Fused AdamW then skips its update, on
         # the device; whatever another optimizer makes of it is never kept (``FiniteCheck``).
+        norm = whole(norm)
         is_bad = ~norm.isfinite()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = is_bad.float()
@@ -120,7 +157,7 @@ class PretrainModule(L.LightningModule):
 
     def losses(self, *, restart: bool) -> dict[str, float]:
         """``train/loss`` and ``train/gradient_norm``, means over the steps since a restart."""
-        total = self.trainer.strategy.reduce(self.loss_since_record[0], reduce_op="sum").item()
+        total = summed(self.loss_since_record[0]).item()
         _, steps, norm = self.loss_since_record.tolist()
         if restart:
             self.loss_since_record.zero_()

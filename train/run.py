@@ -9,38 +9,19 @@ import torch
 from rich.console import Console
 
 from data.module import TokenDataModule
-from kernels.attention import StatisticsLevel
-from kernels.errors import UserError, require
-from models.decoder import Decoder
-from train.branching import find_parent, start_from
-from train.callbacks.checkpoints import (
-    CheckpointSchedule,
-    RandomState,
-    StateFileIO,
-    check_state_file,
-    is_finished,
-)
-from train.callbacks.finite import FiniteCheck
-from train.callbacks.head_maps import HeadMaps
-from train.callbacks.progress import ProgressDisplay
-from train.callbacks.recording import RowWriter, ThroughputMonitor, Validation
-from train.callbacks.sink_monitor import SinkMonitor
+from train.callbacks.checkpoints import StateFileIO
+from train.callbacks.of_runs import RunCallbacks
 from train.callbacks.stopping import Stopping
-from train.config import Accelerator, Precision, RunConfig, TrainerConfig
-from train.data import data_of
+from train.config import RunConfig
+from train.devices import device_of
 from train.figures import draw_figures
-from train.loggers import MetricsCSV, WandbRun, build_wandb_logger, wandb_mode
+from train.loggers import MetricsCSV, build_wandb_logger
 from train.metrics import HORIZON
-from train.module import PretrainModule
+from train.parallel import ask_no_other_rank, trainer_arguments
+from train.preparation import Prepared, prepared
 from train.provenance import provenance
-from train.run_folder import (
-    PARENT,
-    RunFolder,
-    drop_after,
-    open_run_folder,
-    write_run_files,
-)
-from train.schedules import ConstantSchedule, check_schedule
+from train.ranks import is_first, join, one_mistake
+from train.run_folder import drop_after, write_run_files
 from train.stopping import StopSignals
 from train.summary import print_summary
 from train.wandb_names import FIGURES
@@ -62,90 +43,67 @@ def run(
     settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
     run that has made all its steps as it is, rather than raise UserError. signals: entered by the
     caller, end the run with its state saved. vocab_size: ids that the model is to know, at least
-    the tokenizer's, which are the default. callbacks: called after the run's own. Every check that
-    can fail runs before the first file is written; a user's mistake raises UserError.
+    the tokenizer's, which are the default. callbacks: called after the run's own.
+
+    Every check that can fail runs before the first file is written; a user's mistake raises
+    UserError. Of many ranks, each calls this; all find what is wrong, the first alone writes and
+    talks.
     """
     began = time.perf_counter()
     console = Console(markup=False)
-    accelerator, precision = _device(config.trainer)
-    total_steps = check_schedule(config.schedule, config.trainer.max_steps)
-    if not isinstance(config.schedule, ConstantSchedule):
-        # A resume may lengthen the run, but not bend the curve it is on.
-        settings["schedule"]["total_steps"] = total_steps
-    if config.init_from is not None:
-        settings[PARENT] = find_parent(settings)
-    parent = settings.get(PARENT)
-    mode = wandb_mode(config.logger)
-    folder, resuming = open_run_folder(settings, experiment, overrides)
-    if skip_finished and is_finished(folder, config.trainer.max_steps):
-        if config.tracking.figures and not folder.figures.exists():
-            draw_figures(folder)
-        console.print(f"finished before: {folder.path}", highlight=False, soft_wrap=True)
+    accelerator, precision = device_of(config.trainer)
+    world_size = join(config.trainer, accelerator)
+    with one_mistake():
+        ready = prepared(
+            config,
+            settings,
+            experiment=experiment,
+            overrides=overrides,
+            accelerator=accelerator,
+            world_size=world_size,
+            vocab_size=vocab_size,
+            skip_finished=skip_finished,
+        )
+    if not isinstance(ready, Prepared):
+        if is_first():
+            if config.tracking.figures and not ready.figures.exists():
+                draw_figures(ready)
+            console.print(f"finished before: {ready.path}", highlight=False, soft_wrap=True)
         return
 
-    data = data_of(config)
-    accumulation = data.accumulation(world_size=1)
-    start = time.perf_counter()
-    data.setup()
-    vocab_size = data.vocab_size if vocab_size is None else vocab_size
-    allowed = f"must be >= {data.vocab_size}, the tokenizer's"
-    require(vocab_size >= data.vocab_size, "the model's vocabulary", allowed, vocab_size)
-    L.seed_everything(config.seed, verbose=False)
-    module = PretrainModule(
-        Decoder(config.model, config.attention, vocab_size),
-        config.optimizer,
-        config.schedule,
-        total_steps,
-        config.tracking.statistics,
-        config.packing.batch_tokens,
-        compiled=_is_compiled(config.trainer.compile, accelerator),
-    )
-    _check_positions(module.decoder, config.packing.context)
-    allowed = f"must be [] for packing.context < {HORIZON}"
-    probed, long = config.tracking.probes, config.packing.context >= HORIZON
-    require(long or not probed, "tracking.probes", allowed, probed)
-    step = check_state_file(folder, module, data) if resuming else -1
-    if parent is not None and not resuming:
-        start_from(module.decoder, parent, data.tokenizer.sha256)
-    if step >= config.trainer.max_steps:
-        raise UserError(
-            f"trainer.max_steps must be > {step} to go on with the run in {folder.path}, "
-            f"got {config.trainer.max_steps}"
-        )
-
-    _print_start(console, config, module, data, folder, step, time.perf_counter() - start)
-    device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
-    measured = {"alpha_kind": module.decoder.alpha_kind}
-    origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
-    run_id = write_run_files(folder, settings, origin)
-    data.tokenizer.save(folder.tokenizer)
-    drop_after(folder, step)
-    metrics = MetricsCSV(folder.metrics)
-    metrics.keep_until(step)
-    wandb_logger = build_wandb_logger(
-        config.logger,
-        mode,
-        folder.path,
-        run_id,
-        settings,
-        measured,
-        experiment=experiment,
-        overrides=overrides,
-    )
+    folder, data, module = ready.folder, ready.data, ready.module
+    metrics, wandb_logger, run_id = MetricsCSV(folder.metrics), None, None
+    with one_mistake():
+        if is_first():
+            _print_start(console, config, ready)
+            device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
+            measured = {"alpha_kind": module.decoder.alpha_kind}
+            origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
+            run_id = write_run_files(folder, settings, origin)
+            data.tokenizer.save(folder.tokenizer)
+            drop_after(folder, ready.step)
+            metrics.keep_until(ready.step)
+            wandb_logger = build_wandb_logger(
+                config.logger,
+                ready.wandb_mode,
+                folder.path,
+                run_id,
+                settings,
+                measured,
+                experiment=experiment,
+                overrides=overrides,
+            )
 
     stopping = Stopping(signals or StopSignals(), folder)
-    validation, rows, own_callbacks = _callbacks(
-        config, data, folder, console, wandb_logger, stopping, run_id
-    )
+    own = RunCallbacks(config, data, folder, console, wandb_logger, stopping, run_id)
     trainer = L.Trainer(
         accelerator=accelerator,
-        devices=1,
+        **trainer_arguments(config.trainer, world_size, [StateFileIO()]),
         precision=precision,
         max_steps=config.trainer.max_steps,
-        accumulate_grad_batches=accumulation,
+        accumulate_grad_batches=ready.accumulation,
         deterministic=config.trainer.deterministic,
-        callbacks=[*own_callbacks, *callbacks],
-        plugins=[StateFileIO()],
+        callbacks=[*own.ordered, *callbacks],
         logger=[metrics] if wandb_logger is None else [metrics, wandb_logger],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -155,11 +113,13 @@ def run(
         limit_val_batches=0,
         default_root_dir=folder.path,
     )
+    if world_size > 1:
+        ask_no_other_rank(trainer)
     # Lightning's deterministic mode fills every new tensor with NaN, which shows reads of what was
     # never written (tests do that), and takes a pass over memory for each.
     torch.utils.deterministic.fill_uninitialized_memory = False
     started = time.perf_counter()
-    ckpt_path = str(folder.last) if resuming else None
+    ckpt_path = str(folder.last) if ready.resuming else None
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     training_seconds = time.perf_counter() - started - module.seconds_outside
     if trainer.is_global_zero:
@@ -172,71 +132,12 @@ def run(
             console,
             folder,
             data,
-            validation.latest,
-            rows.latest,
+            own.validation.latest,
+            own.rows.latest,
             training_seconds,
             time.perf_counter() - began,
             is_proxy=module.decoder.alpha_kind == "proxy",
         )
-
-
-def _device(trainer: TrainerConfig) -> tuple[str, str]:
-    """Lightning's names of accelerator and precision. Raises UserError for what isn't there."""
-    accelerator = trainer.accelerator
-    if accelerator is Accelerator.auto:
-        accelerator = Accelerator.gpu if torch.cuda.is_available() else Accelerator.cpu
-    if accelerator is Accelerator.gpu and not torch.cuda.is_available():
-        raise UserError("trainer.accelerator must be cpu where there is no GPU, got gpu")
-    precision = trainer.precision
-    if precision is Precision.auto:
-        precision = Precision.bf16 if accelerator is Accelerator.gpu else Precision.fp32
-    return accelerator.value, {Precision.bf16: "bf16-mixed", Precision.fp32: "32-true"}[precision]
-
-
-def _is_compiled(asked: bool | None, accelerator: str) -> bool:
-    return accelerator == "gpu" if asked is None else asked
-
-
-def _callbacks(
-    config: RunConfig,
-    data: TokenDataModule,
-    folder: RunFolder,
-    console: Console,
-    wandb_logger: WandbRun | None,
-    stopping: Stopping,
-    run_id: str,
-) -> tuple[Validation, RowWriter, list[L.Callback]]:
-    """The callbacks in the order in which they must run: measure, write the row, checkpoint."""
-    tracking, max_steps = config.tracking, config.trainer.max_steps
-    sink_monitor = None
-    if tracking.statistics is not StatisticsLevel.off:
-        sink_monitor = SinkMonitor(tracking, folder.sinks, config.model.num_layers)
-    validation = Validation(tracking, data, max_steps)
-    rows = RowWriter(tracking, data)
-    callbacks = [
-        RandomState(),
-        stopping,
-        FiniteCheck(tracking, folder, max_steps, config.packing.batch_rows, stopping),
-        ThroughputMonitor(tracking, config.packing.context),
-        validation,
-        rows,
-        CheckpointSchedule(tracking, folder, max_steps, sink_monitor, stopping, run_id),
-    ]
-    if sink_monitor is not None:
-        callbacks.insert(3, sink_monitor)
-    if wandb_logger is not None:
-        callbacks.insert(callbacks.index(rows), HeadMaps(validation, wandb_logger))
-    if config.trainer.progress:
-        callbacks.append(ProgressDisplay(console, rows, max_steps))
-    return validation, rows, callbacks
-
-
-def _check_positions(decoder: Decoder, context: int) -> None:
-    """Raise ``UserError`` if a row is longer than the position encoding knows."""
-    known = decoder.position.max_positions
-    needed = context + (decoder.sink_token is not None)
-    allowed = f"must be >= {needed} for packing.context = {context}"
-    require(known is None or needed <= known, "model.max_positions", allowed, known)
 
 
 def _data_provenance(data: TokenDataModule) -> dict:
@@ -249,15 +150,8 @@ def _data_provenance(data: TokenDataModule) -> dict:
     }
 
 
-def _print_start(
-    console: Console,
-    config: RunConfig,
-    module: PretrainModule,
-    data: TokenDataModule,
-    folder: RunFolder,
-    step: int,
-    seconds: float,
-) -> None:
+def _print_start(console: Console, config: RunConfig, ready: Prepared) -> None:
+    folder, data, module, step = ready.folder, ready.data, ready.module, ready.step
     parameters = module.decoder.num_parameters()
     lines = [
         f"model    {config.model.num_layers} layers, {parameters.total / 1e6:.2f}M parameters "

@@ -41,7 +41,10 @@ SEEDS = ("seed", "data_seed")
 NOT_THE_ARM = (("trainer", "progress"), ("trainer", "num_workers"), ("tracking", "figures"))
 """Settings in which runs of an arm may differ too: nothing that is computed depends on them."""
 
-MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers")
+RANKS = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
+"""Settings of who computes it: what comes out is equal to rounding, so the hash knows none."""
+
+MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers", *RANKS)
 """Settings of the experiment that a resumed run may nevertheless change."""
 
 PARENT = "parent"
@@ -125,6 +128,9 @@ def arm_hash(settings: dict) -> str:
 def _of_the_experiment(settings: dict) -> dict:
     kept = without_told_kinds(settings)
     kept = {name: value for name, value in kept.items() if name not in NOT_THE_EXPERIMENT}
+    if "trainer" in kept:
+        trainer = kept["trainer"].items()
+        kept["trainer"] = {key: value for key, value in trainer if f"trainer.{key}" not in RANKS}
     # As runs were hashed before they could start from others.
     if kept.get("init_from") is None:
         kept.pop("init_from", None)
@@ -153,7 +159,8 @@ def _readable(overrides: list[str], left_out: tuple[str, ...] = ()) -> str:
     told = []
     for override in overrides:
         name, _, value = override.lstrip("+~").partition("=")
-        if name.split(".")[0] not in (*NOT_THE_EXPERIMENT, "experiment", *left_out):
+        skipped = (*NOT_THE_EXPERIMENT, "experiment", *left_out)
+        if name.split(".")[0] not in skipped and name not in RANKS:
             if name == "init_from":
                 # Of the parent's name its hash will do.
                 value = value.rsplit("-", 1)[-1].replace("@", ".")

@@ -1,6 +1,7 @@
 """Metrics of one step that aren't sums over samples: largest score, entropy, norm ratios.
 
-They are taken of the recorded step alone, over all of its micro-batches.
+They are taken of the recorded step alone, over all of its micro-batches and ranks, which must all
+ask for them.
 
 Norm ratios say how far a sink's hidden state and value stand out (arXiv 2410.10781, 2410.13835). A
 sink token has a large hidden state (``massive_ratio`` well above 1) and a small value
@@ -23,6 +24,7 @@ from kernels.masks import IntervalMask
 from models.batch import PackedBatch
 from models.decoder import LayerRecord
 from train.metrics import HORIZON, long_document_starts
+from train.ranks import gathered, largest, summed
 
 ORDINARY_OFFSET = 8
 """Tokens nearer to their row's or document's start than this are not ordinary."""
@@ -45,6 +47,7 @@ def attention_metrics(parts: list[StepPart]) -> dict[str, float]:
     largest_L = torch.stack(
         [torch.stack([layer.max_logit_BH.amax() for layer in part.statistics]) for part in parts]
     ).amax(0)
+    largest_L = largest(largest_L)
     metrics = _with_layers("attention/max_logit", largest_L, torch.amax)
     if parts[0].statistics[0].entropy_BHT is not None:
         sums_L, counts_L = 0, 0
@@ -53,7 +56,7 @@ def attention_metrics(parts: list[StepPart]) -> dict[str, float]:
             entropy_L = [layer.entropy_BHT.mean(1).sum() for layer in part.statistics]
             queries_L = [(mask.keys_per_query_BT() > 0).sum() for mask in part.masks]
             sums_L, counts_L = sums_L + torch.stack(entropy_L), counts_L + torch.stack(queries_L)
-        metrics |= _with_layers("attention/entropy", sums_L / counts_L, torch.mean)
+        metrics |= _with_layers("attention/entropy", summed(sums_L) / summed(counts_L), torch.mean)
     return metrics
 
 
@@ -68,22 +71,28 @@ def norm_ratios(parts: list[StepPart]) -> dict[str, float]:
     Kinds without a first or an ordinary token in the step are left out.
     """
     chosen = [_first_and_ordinary(part.batch) for part in parts]
+    layers = [_norms([part.layers[i] for part in parts]) for i in range(len(parts[0].layers))]
     ratios = {}
     for prefix in ("norm", "norm_first"):
-        first_BT, ordinary_BT = (torch.cat([c[prefix][i] for c in chosen]) for i in (0, 1))
+        first_BT, ordinary_BT = (
+            gathered(torch.cat([c[prefix][i] for c in chosen])) for i in (0, 1)
+        )
         if not bool(first_BT.any() & ordinary_BT.any()):
             continue
-        for layer in range(len(parts[0].layers)):
-            records = [part.layers[layer] for part in parts]
-            norms = {
-                "massive_ratio": torch.cat([r.hidden_norm_BT for r in records]),
-                "value_ratio": torch.cat([r.value_norm_BTG.mean(-1) for r in records]),
-            }
+        for layer, norms in enumerate(layers):
             for name, norm_BT in norms.items():
                 ratio = norm_BT[first_BT].mean() / norm_BT[ordinary_BT].median()
                 ratios[f"{prefix}/{name}/layer_{layer:02d}"] = ratio
     values = torch.stack(list(ratios.values())).tolist() if ratios else []
     return dict(zip(ratios, values, strict=True))
+
+
+def _norms(records: list[LayerRecord]) -> dict[str, Tensor]:
+    """A layer's norms [B, T] of all rows of the step, by the ratio that they go into."""
+    return {
+        "massive_ratio": gathered(torch.cat([r.hidden_norm_BT for r in records])),
+        "value_ratio": gathered(torch.cat([r.value_norm_BTG.mean(-1) for r in records])),
+    }
 
 
 def _first_and_ordinary(batch: PackedBatch) -> dict[str, tuple[Tensor, Tensor]]:

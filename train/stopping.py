@@ -37,9 +37,12 @@ class StopSignals:
     received: the first signal's number, 0 for none. deferring: whether somebody will look at
     ``received`` at the end of the step; signals raise ``Stopped`` or KeyboardInterrupt if not.
     Outside the main thread, where Python takes no signals, this does nothing.
+
+    requeues: whether SLURM may be asked to start the job again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, requeues: bool = True) -> None:
+        self.requeues = requeues
         self.received = 0
         self.deferring = False
         self._process = os.getpid()
@@ -75,7 +78,7 @@ class StopSignals:
             handler(number, None)
             return
         self._is_stopping = True
-        queued = requeue(number) if is_first_rank() else None
+        queued = requeue(number) if self.requeues and is_first_rank() else None
         told = f"stopped by {signal.Signals(number).name}: {saved}"
         raise Stopped(number, told if queued is None else f"{told}; {queued}")
 

@@ -22,7 +22,7 @@ from kernels.errors import require
 from scripts.bench.measure import Options, measure
 from scripts.bench.settings import PRESETS
 from scripts.bench.table import merged, read_entries, shown, written
-from train.__main__ import quiet
+from train.launch import quiet
 from train.mistakes import exit_code
 
 

@@ -83,6 +83,7 @@ def test_split_has_every_part(entries):
 
 
 def test_turns(tiny, tmp_path):
+    torch.use_deterministic_algorithms(False)
     folder = tmp_path / "run"
     config, settings = run_in(folder, bench_overrides("default", tiny))
     before = GlobalSettings.now()

@@ -77,3 +77,23 @@ def test_the_branch_begins_where_its_parent_was(executed):
     assert (before["step"], after["step"]) == (64, 0)
     for name in ("probe/t64_text/loss", "probe/t64_text/mass"):
         assert before[name] == after[name]
+
+
+@pytest.mark.slow
+def test_the_commands_for_many_gpus_train(cache_dir, tmp_path):
+    """On a CPU, whose devices are processes."""
+    from train.__main__ import command
+
+    for index, line in enumerate(blocks("Many GPUs, many runs")[0][1].splitlines()):
+        program, what, *overrides = shlex.split(line)
+        assert (program, what) == ("scripts/run", "train") and "trainer.devices=2" in overrides
+        where = (f"cache_dir={cache_dir}", f"run_dir={tmp_path / str(index)}")
+        assert command([*overrides, *SMALL, *where, "trainer.max_steps=2"]) == 0
+        assert (tmp_path / str(index) / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_the_launchers_of_the_section_exist():
+    section = README.read_text().split("\n## Many GPUs, many runs\n")[1].split("\n## ")[0]
+    named = re.findall(r"hydra/launcher=(\w+)", section)
+    there = {path.stem for path in (README.parent / "conf/hydra/launcher").glob("*.yaml")}
+    assert set(named) == there

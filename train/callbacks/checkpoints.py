@@ -20,6 +20,7 @@ from train.callbacks.step_callback import StepCallback
 from train.callbacks.stopping import Stopping
 from train.module import PretrainModule
 from train.run_folder import RunFolder, stored_run_id
+from train.sharding import whole_state
 from train.tracking import TrackingConfig, checkpoint_steps
 
 
@@ -65,10 +66,11 @@ class CheckpointSchedule(StepCallback, Checkpoint):
         return {"run_id": self.run_id}
 
     def keep(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
-        """Write the weights as of now, rank 0 only."""
-        if trainer.is_global_zero:
-            with pl_module.outside_training():
-                save_model(pl_module.decoder, self.folder.checkpoint(trainer.global_step))
+        """Write the weights as of now, rank 0 only; the others help to put them together."""
+        with pl_module.outside_training():
+            weights = whole_state(pl_module.decoder)
+            if trainer.is_global_zero:
+                save_model(pl_module.decoder, self.folder.checkpoint(trainer.global_step), weights)
 
     def save_state(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         """Replace last.ckpt; what was recorded before it is on disk first."""
@@ -120,8 +122,8 @@ class RandomState(L.Callback):
         if state is None:
             return
         torch.set_rng_state(state["torch"])
-        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"][0])
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
         name, key, *rest = state["numpy"]
@@ -133,7 +135,8 @@ class RandomState(L.Callback):
         name, key, *rest = np.random.get_state()
         return {
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            # This rank's device alone; asking the others would start a context on each.
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
             "python": [version, list(words), gauss],
             "numpy": [name, key.tolist(), *rest],
         }

@@ -2,10 +2,10 @@
 
 import lightning as L
 
-from kernels.errors import UserError
 from models.batch import PackedBatch
 from train.callbacks.step_callback import StepCallback
 from train.callbacks.stopping import Stopping
+from train.mistakes import KnownToAll
 from train.module import PretrainModule
 from train.run_folder import RunFolder
 from train.tracking import TrackingConfig, checkpoint_steps
@@ -14,8 +14,8 @@ from train.tracking import TrackingConfig, checkpoint_steps
 class FiniteCheck(StepCallback):
     """Reads the module's flag at steps that log or keep something, so no other step waits for it.
 
-    Raises ``UserError`` naming the first bad step, its rows of the stream and what is kept from
-    before it. Must run before the callbacks that write.
+    Raises ``UserError``, on all ranks, naming the first bad step, its rows of the stream and what
+    is kept from before it. Must run before the callbacks that write.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class FiniteCheck(StepCallback):
         rows = f"{(bad_step - 1) * self.rows_per_step} to {bad_step * self.rows_per_step - 1}"
         kept = sorted(self.folder.last.parent.glob("step_*"))
         last = f"{kept[-1]} is the last checkpoint" if kept else "no checkpoint was kept"
-        raise UserError(
+        # The norm is over the gradients of all ranks, so all stop here.
+        raise KnownToAll(
             f"training stopped: NaN or infinity in the loss or gradients of step {bad_step}, rows "
             f"{rows} of the stream; {last}. A lower optimizer.lr or longer schedule.warmup_steps "
             "may help"

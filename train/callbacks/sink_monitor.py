@@ -11,6 +11,7 @@ from data.files import write_atomically
 from models.batch import PackedBatch
 from train.metrics import SinkSums, SinkTotals
 from train.module import PretrainModule
+from train.ranks import is_first, summed
 from train.sink_table import sink_metrics, sink_table
 from train.step_metrics import StepPart, attention_metrics, norm_ratios
 from train.tracking import TrackingConfig
@@ -37,9 +38,10 @@ class SinkMonitor(L.Callback):
         self.records: list[pd.DataFrame] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
-        # Sums from a checkpoint come back on the CPU.
+        # Sums from a checkpoint come back on the CPU; they are those of all ranks.
+        share = 1 if is_first() else 0
         for kind, sums in self.totals.sums.items():
-            self.totals.sums[kind] = sums.map(lambda value: value.to(pl_module.device))
+            self.totals.sums[kind] = sums.map(lambda value: share * value.to(pl_module.device))
 
     def on_train_batch_end(
         self,
@@ -62,7 +64,7 @@ class SinkMonitor(L.Callback):
         self.parts.append(StepPart(statistics, masks, pl_module.layers, batch))
         if not pl_module.finished_step:
             return
-        totals = self.totals.reduce(lambda v: trainer.strategy.reduce(v, reduce_op="sum"))
+        totals = self.totals.reduce(summed)
         if due:
             # After an odd last step the sums go on, for a run that is resumed to be longer.
             self.totals = SinkTotals(self.totals.num_layers)
@@ -90,7 +92,7 @@ class SinkMonitor(L.Callback):
         self.records = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {kind: vars(sums.map(lambda v: v.cpu())) for kind, sums in self.totals.sums.items()}
+        return {kind: vars(sums) for kind, sums in self.totals.reduce(summed).sums.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.totals.sums = {kind: SinkSums(**tensors) for kind, tensors in state_dict.items()}

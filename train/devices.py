@@ -1,0 +1,41 @@
+"""Where a run trains, in what precision, and whether it is compiled."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+
+from kernels.errors import UserError
+from train.config import Accelerator, Precision, StrategyName, TrainerConfig
+
+
+class Compiled(StrEnum):
+    """What is compiled: nothing, each block by itself, or the whole model with its loss."""
+
+    nothing = "nothing"
+    blocks = "blocks"
+    whole = "whole"
+
+
+def device_of(trainer: TrainerConfig) -> tuple[str, str]:
+    """Lightning's names of accelerator and precision. Raises UserError for what isn't there."""
+    accelerator = trainer.accelerator
+    if accelerator is Accelerator.auto:
+        accelerator = Accelerator.gpu if torch.cuda.is_available() else Accelerator.cpu
+    if accelerator is Accelerator.gpu and not torch.cuda.is_available():
+        raise UserError("trainer.accelerator must be cpu where there is no GPU, got gpu")
+    precision = trainer.precision
+    if precision is Precision.auto:
+        precision = Precision.bf16 if accelerator is Accelerator.gpu else Precision.fp32
+    return accelerator.value, {Precision.bf16: "bf16-mixed", Precision.fp32: "32-true"}[precision]
+
+
+def compiled_part(trainer: TrainerConfig, accelerator: str, world_size: int) -> Compiled:
+    """What ``trainer.compile`` means here; accelerator is Lightning's name."""
+    asked = accelerator == "gpu" if trainer.compile is None else trainer.compile
+    if not asked:
+        return Compiled.nothing
+    # FSDP gathers a block's weights when it is called, which no graph of them all could do.
+    is_sharded = world_size > 1 and trainer.strategy is StrategyName.fsdp
+    return Compiled.blocks if is_sharded else Compiled.whole
