@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 import torch
@@ -39,3 +41,18 @@ def compiled_part(trainer: TrainerConfig, accelerator: str, world_size: int) -> 
     # FSDP gathers a block's weights when it is called, which no graph of them all could do.
     is_sharded = world_size > 1 and trainer.strategy is StrategyName.fsdp
     return Compiled.blocks if is_sharded else Compiled.whole
+
+
+@contextmanager
+def new_memory_as_it_is() -> Iterator[None]:
+    """In here deterministic algorithms don't fill every new tensor with NaN.
+
+    That shows reads of what was never written, which is for tests, and takes a pass over memory.
+    """
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before

@@ -13,7 +13,7 @@ from train.callbacks.checkpoints import StateFileIO
 from train.callbacks.of_runs import RunCallbacks
 from train.callbacks.stopping import Stopping
 from train.config import RunConfig
-from train.devices import device_of
+from train.devices import device_of, new_memory_as_it_is
 from train.figures import draw_figures
 from train.loggers import MetricsCSV, build_wandb_logger
 from train.metrics import HORIZON
@@ -115,12 +115,10 @@ def run(
     )
     if world_size > 1:
         ask_no_other_rank(trainer)
-    # Lightning's deterministic mode fills every new tensor with NaN, which shows reads of what was
-    # never written (tests do that), and takes a pass over memory for each.
-    torch.utils.deterministic.fill_uninitialized_memory = False
     started = time.perf_counter()
     ckpt_path = str(folder.last) if ready.resuming else None
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    with new_memory_as_it_is():
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     training_seconds = time.perf_counter() - started - module.seconds_outside
     if trainer.is_global_zero:
         figures = draw_figures(folder) if config.tracking.figures else []
