@@ -25,7 +25,24 @@ def yaml_choices(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+TRAINED_QUICKLY = (
+    "gu60m",
+    "barbero_packing",
+    "bigram_backcopy",
+    "gu_prefix",
+    "gu_sigmoid",
+    "hybrid",
+)
+"""Experiments unlike each other; the others are trained among the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in TRAINED_QUICKLY else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPERIMENTS
+    ],
+)
 def test_every_experiment_trains_under_debug(train, name):
     assert train(f"experiment={name}", "trainer.max_steps=2") == 0
 
@@ -79,8 +96,18 @@ def test_every_choice_in_yaml_composes(group):
         compose([f"{group}={name}"])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_stable_decay"])
+OPTIMIZERS, SCHEDULES = ("adamw", "muon", "sgd"), ("constant", "cosine", "warmup_stable_decay")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [
+        # Each of both once; every pair among the slow tests.
+        pytest.param(optimizer, schedule, marks=() if place == other else pytest.mark.slow)
+        for place, optimizer in enumerate(OPTIMIZERS)
+        for other, schedule in enumerate(SCHEDULES)
+    ],
+)
 def test_every_optimizer_and_schedule_trains(train, tmp_path, optimizer, schedule):
     overrides = (f"optimizer={optimizer}", f"schedule={schedule}", "optimizer.lr=0.01")
     assert train(*overrides, "schedule.warmup_steps=1", "trainer.max_steps=3") == 0

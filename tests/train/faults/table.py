@@ -119,7 +119,7 @@ def random_kills(rounds: int) -> list[tuple[str, int]]:
 
 
 KILLED = [
-    ("micro-batch", 9, False),
+    ("micro-batch", 9, True),
     ("state half written", 2, False),
     *((where, number, True) for where, number in random_kills(4)),
 ]
