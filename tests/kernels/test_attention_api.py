@@ -320,7 +320,14 @@ def plain_results(implementation: str) -> list[Tensor]:
 
 # Dynamo instantiates every autograd function that it traces, and PyTorch warns of that.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("mode", ["compiled", "checkpointed", "compiled_checkpointed"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "compiled",
+        "checkpointed",
+        pytest.param("compiled_checkpointed", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_compiled_and_checkpointed_calls_agree_with_plain_ones(implementation, mode):
     """Checkpointing runs the forward twice: the tap must still be given the key mass once."""

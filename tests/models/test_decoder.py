@@ -242,7 +242,11 @@ def test_tap_gradients_are_the_key_mass(decoder_of, batch_of):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     "documents, pinned, window",
-    [([[1] * 16] * 2, 0, None), (PADDED, 0, 3), (PINNED * 2, 1, None)],
+    [
+        ([[1] * 16] * 2, 0, None),
+        pytest.param(PADDED, 0, 3, marks=pytest.mark.slow),
+        (PINNED * 2, 1, None),
+    ],
     ids=["causal", "padded-window", "pinned"],
 )
 def test_compiles_without_a_graph_break(decoder_of, batch_of, documents, pinned, window):

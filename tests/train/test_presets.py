@@ -47,7 +47,14 @@ def test_every_experiment_trains_under_debug(train, name):
     assert train(f"experiment={name}", "trainer.max_steps=2") == 0
 
 
-@pytest.mark.parametrize("name", yaml_choices("corpus"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Looks into every package that is installed.
+        pytest.param(name, marks=pytest.mark.slow if name == "python_sources" else ())
+        for name in yaml_choices("corpus")
+    ],
+)
 def test_every_corpus_preset_is_one_that_can_be_opened(name):
     config, _ = compose([f"corpus={name}"])
     assert type(config.corpus) in {kind.Config for kind in CORPORA.values()}

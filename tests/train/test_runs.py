@@ -148,6 +148,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, wor
     assert len(starts) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_resumed_run_on_a_gpu_is_the_uninterrupted_one_bit_for_bit(train, tmp_path):
+    """In bf16, compiled, with the kernels of the card."""
+    same = (*LONGER, "trainer.accelerator=gpu", "packing=document_pinned_bos")
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(*same, "trainer.max_steps=40", run_dir=straight) == 0
+    assert train(*same, "trainer.max_steps=20", run_dir=resumed) == 0
+    assert train(*same, "trainer.max_steps=40", "resume=true", run_dir=resumed) == 0
+    assert_same_weights(weights(straight, 40), weights(resumed, 40))
+    pd.testing.assert_frame_equal(metrics(straight), metrics(resumed), check_exact=True)
+    pd.testing.assert_frame_equal(sinks(straight), sinks(resumed), check_exact=True)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_without_a_missing_or_doubled_row(train, cache_dir, tmp_path):
     same = (*LONGER, "trainer.max_steps=30")
@@ -178,6 +192,7 @@ def test_a_killed_run_goes_on_without_a_missing_or_doubled_row(train, cache_dir,
     assert_same_weights(weights(straight, 30), weights(killed, 30))
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(train, tmp_path):
     run = tmp_path / "run"
     assert train() == 0

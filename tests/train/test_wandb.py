@@ -99,6 +99,7 @@ def test_every_metric_of_the_readme_is_there(offline_run):
             assert name in logged or f"layers/{name}/layer_03" in logged, name
 
 
+@pytest.mark.slow
 def test_the_first_page_is_short_and_layers_have_their_own_section(offline_run):
     logged = set().union(*(scalars(row) for row in offline_run.history.values()))
     first_page = {key for key in logged if not key.startswith("layers/")}
