@@ -39,6 +39,13 @@ class Accelerator(StrEnum):
     gpu = "gpu"
 
 
+class Compile(StrEnum):
+    auto = "auto"
+    nothing = "nothing"
+    blocks = "blocks"
+    whole = "whole"
+
+
 class StrategyName(StrEnum):
     auto = "auto"
     ddp = "ddp"
@@ -55,8 +62,10 @@ class TrainerConfig:
     """Where to train; auto takes a GPU when there is one."""
     precision: Precision = Precision.auto
     """Arithmetic of forward and backward; auto = bf16 mixed precision on GPUs, fp32 on CPUs."""
-    compile: bool | None = None
-    """Compile the forward and backward pass; null = on GPUs."""
+    compile: Compile = Compile.auto
+    """What the compiler gets: nothing; blocks, one by one, ready in seconds; whole, the model with
+    its loss in one graph, faster by what fuses between blocks but ready in a minute. fsdp takes
+    blocks for whole. auto = blocks on GPUs, nothing on CPUs."""
     devices: int | str = 1
     """GPUs, or processes on a CPU, of each machine; auto = all GPUs. They share the rows of
     ``packing.batch_tokens``: what is trained doesn't depend on it."""

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 
 import torch
 
 from kernels.errors import UserError
-from train.config import Accelerator, Precision, StrategyName, TrainerConfig
-
-
-class Compiled(StrEnum):
-    """What is compiled: nothing, each block by itself, or the whole model with its loss."""
-
-    nothing = "nothing"
-    blocks = "blocks"
-    whole = "whole"
+from train.config import Accelerator, Compile, Precision, StrategyName, TrainerConfig
 
 
 def device_of(trainer: TrainerConfig) -> tuple[str, str]:
@@ -33,14 +24,14 @@ def device_of(trainer: TrainerConfig) -> tuple[str, str]:
     return accelerator.value, {Precision.bf16: "bf16-mixed", Precision.fp32: "32-true"}[precision]
 
 
-def compiled_part(trainer: TrainerConfig, accelerator: str, world_size: int) -> Compiled:
-    """What ``trainer.compile`` means here; accelerator is Lightning's name."""
-    asked = accelerator == "gpu" if trainer.compile is None else trainer.compile
-    if not asked:
-        return Compiled.nothing
+def compiled_part(trainer: TrainerConfig, accelerator: str, world_size: int) -> Compile:
+    """What ``trainer.compile`` means here, never auto; accelerator is Lightning's name."""
+    part = trainer.compile
+    if part is Compile.auto:
+        part = Compile.blocks if accelerator == "gpu" else Compile.nothing
     # FSDP gathers a block's weights when it is called, which no graph of them all could do.
     is_sharded = world_size > 1 and trainer.strategy is StrategyName.fsdp
-    return Compiled.blocks if is_sharded else Compiled.whole
+    return Compile.blocks if part is Compile.whole and is_sharded else part
 
 
 @contextmanager

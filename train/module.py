@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kernels.attention import StatisticsLevel
 from models.batch import PackedBatch
 from models.decoder import Decoder, LayerRecord
-from train.devices import Compiled
+from train.config import Compile
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.ranks import is_first, summed
 from train.schedules import ScheduleConfig
@@ -31,7 +31,7 @@ class PretrainModule(L.LightningModule):
     ``key_mass_taps`` (whose gradients are the key mass by layer after the backward pass). Metrics
     gathered with ``record`` become one row of the loggers at the end of the step.
 
-    compiled: what the compiler gets; the whole forward and backward pass takes it half a minute.
+    compiled: what the compiler gets, as in ``trainer.compile``; never auto.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class PretrainModule(L.LightningModule):
         total_steps: int,
         statistics: StatisticsLevel,
         tokens_per_step: int,
-        compiled: Compiled = Compiled.nothing,
+        compiled: Compile = Compile.nothing,
     ):
         super().__init__()
         self.decoder = decoder
         # Rows are of one length, so nothing is to be compiled for any shape.
         self._compiled_loss = None
-        if compiled is Compiled.whole:
+        if compiled is Compile.whole:
             self._compiled_loss = torch.compile(decoder.loss, dynamic=False)
             # DDP would have the graph cut where its buckets end.
             torch._dynamo.config.optimize_ddp = False
-        elif compiled is Compiled.blocks:
+        elif compiled is Compile.blocks:
             for block in decoder.blocks:
                 block.compile(dynamic=False)
         self.optimizer_config = optimizer

@@ -41,8 +41,9 @@ SEEDS = ("seed", "data_seed")
 NOT_THE_ARM = (("trainer", "progress"), ("trainer", "num_workers"), ("tracking", "figures"))
 """Settings in which runs of an arm may differ too: nothing that is computed depends on them."""
 
-RANKS = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
-"""Settings of who computes it: what comes out is equal to rounding, so the hash knows none."""
+RANKS = ("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.compile")
+"""Settings of who computes it, and how: what comes out is equal to rounding, so the hash knows
+none."""
 
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers", *RANKS)
 """Settings of the experiment that a resumed run may nevertheless change."""
