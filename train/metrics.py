@@ -96,7 +96,9 @@ class SinkTotals:
                 lambda value: value.new_zeros(self.num_layers, *value.shape[1:])
             )
         for name, total in vars(self.sums[kind]).items():
-            total[indices] += getattr(part, name)
+            # Not total[indices]: a list goes to the device as a tensor, which waits for it.
+            for index, value in zip(indices, getattr(part, name), strict=True):
+                total[index] += value
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> "SinkTotals":
         """Totals over all ranks, on the CPU."""
@@ -122,12 +124,13 @@ def _sums(alpha_BHX: Tensor, baseline_BX: Tensor, counts_BX: Tensor) -> SinkSums
     counts_BHX = (counts_BX if counts_BX.ndim == 3 else counts_BX[:, None]).expand_as(alpha_BHX)
     # Samples that don't count may hold anything (0 / 0 included), so they are cut out, not scaled.
     alpha_BHX = torch.where(counts_BHX, alpha_BHX, 0.0)
-    eps_E = alpha_BHX.new_tensor(THRESHOLDS)
+    # One by one: a tensor of thresholds made here would wait for the device.
+    over_BHXE = torch.stack([alpha_BHX > eps for eps in THRESHOLDS], dim=-1)
     return SinkSums(
         count=counts_BHX.to(alpha_BHX.dtype).sum(0),
         alpha=alpha_BHX.sum(0),
         baseline=torch.where(counts_BHX, baseline_BX[:, None], 0.0).sum(0),
-        over=(alpha_BHX[..., None] > eps_E).to(alpha_BHX.dtype).sum(0),
+        over=over_BHXE.to(alpha_BHX.dtype).sum(0),
     )
 
 

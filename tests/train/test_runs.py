@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pandas as pd
 import pytest
 import torch
@@ -146,6 +147,41 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, wor
     pd.testing.assert_frame_equal(sinks(straight), sinks(resumed), check_exact=True)
     starts = json.loads((resumed / "provenance.json").read_text())["starts"]
     assert len(starts) == 2
+
+
+class NoWaiting(L.Callback):
+    """Makes PyTorch raise where a step that neither logs nor records waits for the GPU."""
+
+    watched = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        # Compilers may wait, and so may steps that log: every fifth.
+        quiet = trainer.global_step >= 5 and (trainer.global_step + 1) % 5 != 0
+        self.watched += quiet
+        torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packing", ["causal", "document_document_bos"])
+def test_nothing_waits_for_the_gpu_between_log_steps(cache_dir, tmp_path, packing):
+    from train.config import compose
+    from train.run import run
+
+    far = ("tracking.validate_every=1000", "tracking.last_every=1000", "tracking.dense_until=0")
+    rare = ("tracking.log_every=5", "tracking.sinks_every=5", "trainer.progress=false")
+    where = (f"cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", f"packing={packing}")
+    gpu = ("debug=cpu", "trainer.accelerator=gpu", "trainer.max_steps=20")
+    config, settings = compose([*gpu, *where, *far, *rare, "packing.micro_batch_rows=4"])
+    watch = NoWaiting()
+    try:
+        run(config, settings=settings, experiment="default", overrides=[], callbacks=[watch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.watched == 24
 
 
 @pytest.mark.gpu
