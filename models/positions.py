@@ -19,7 +19,7 @@ from kernels.errors import require
 from models.norms import at_least_fp32
 
 if TYPE_CHECKING:
-    from models.decoder import DecoderConfig
+    from models.decoder_config import DecoderConfig
 
 
 class Rotation(NamedTuple):
