@@ -219,13 +219,14 @@ def test_a_file_of_the_cache_is_refused_and_made_again(
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_no_key_and_no_home_in_a_run_folder(train, cache_dir, tmp_path, monkeypatch):
+def test_no_key_no_home_and_no_machine_in_a_run_folder(train, cache_dir, tmp_path, monkeypatch):
     home = tmp_path / "home" / "anna"
     shutil.copytree(cache_dir, home / "cache")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("socket.gethostname", lambda: "annas-machine")
     run = home / "run"
     here = (f"cache_dir={home}/cache", f"run_dir={run}", "hydra.job.name=hf_abcdefgh")
     monkeypatch.setattr("sys.argv", ["train", "debug=cpu", *here, f"key={KEY}"])
@@ -237,7 +238,7 @@ def test_no_key_and_no_home_in_a_run_folder(train, cache_dir, tmp_path, monkeypa
     assert (run / "wandb").exists()
     for path in (path for path in run.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        for secret in (str(home), KEY, "hf_abcdefgh"):
+        for secret in (str(home), KEY, "hf_abcdefgh", "annas-machine"):
             assert secret.encode() not in content, (path, secret)
     # Equal on every machine, so the run goes on in its folder.
     assert train("trainer.max_steps=3", settings[1], "resume=true", run_dir=run) == 0
@@ -248,8 +249,9 @@ def test_homes_and_keys_of_others_are_left_alone(monkeypatch):
 
     monkeypatch.setenv("HOME", "/home/anna")
     monkeypatch.setenv("A_TOKEN", "1")
-    values = {"a": ["/home/anna/x", "/home/annabel/x", 1, None], "b": "s=[/home/anna,/home/anna/]"}
-    hidden = {"a": ["~/x", "/home/annabel/x", 1, None], "b": "s=[~,~/]"}
+    anna = ["/home/anna/x", "/home/anna", "/home/annabel/x", 1, None]
+    values = {"a": anna, "b": "s=[/home/anna,/home/anna/]"}
+    hidden = {"a": ["~/x", "~", "/home/annabel/x", 1, None], "b": "s=[~,~/]"}
     assert private(values) == hidden
     assert with_home(hidden)["a"] == values["a"]
     assert os.path.expanduser("~") == "/home/anna"
