@@ -67,6 +67,15 @@ def test_before_training_a_signal_stops_there_and_then(number):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_second_ctrl_c_stops_at_once_whatever_came_before_the_first():
+    with StopSignals() as signals:
+        signals.deferring = True
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_stopped_run_passes_handlers_and_processes():
     assert not issubclass(Stopped, Exception)
     stopped = pickle.loads(pickle.dumps(Stopped(15, "saved")))
