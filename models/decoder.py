@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         statistics: str = "basic",
         key_mass_taps: Sequence[Tensor] | None = None,
     ) -> DecoderLoss:
-        """Cross-entropy summed over the batch's labels, for which not all logits are kept.
+        """Cross-entropy summed over the batch's labels; on GPUs not all logits are kept for it.
 
         Everything else is as in ``forward``.
         """
