@@ -6,6 +6,17 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def composed_once():
+    """Hydra composes the settings of every command twice, once just to look up ``hydra.mode``,
+    which takes as long as ten training steps. Without that, --multirun decides alone."""
+    from hydra._internal.hydra import Hydra
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def kept_run(cache_dir, tmp_path_factory) -> Path:
     """Eight steps of ``debug=cpu`` with a pinned BOS, validated at 0, 4 and 8."""
