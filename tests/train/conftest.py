@@ -17,6 +17,10 @@ def composed_once():
         yield
 
 
+KEPT_RUN = ("seed=3", "trainer.max_steps=8", "tracking.validate_every=4", "optimizer.lr=0.01")
+"""Settings of ``kept_run`` besides ``debug=cpu``."""
+
+
 @pytest.fixture(scope="session")
 def kept_run(cache_dir, tmp_path_factory) -> Path:
     """Eight steps of ``debug=cpu`` with a pinned BOS, validated at 0, 4 and 8."""
@@ -24,8 +28,7 @@ def kept_run(cache_dir, tmp_path_factory) -> Path:
 
     # "=" as the names have that runs get by themselves.
     folder = tmp_path_factory.mktemp("kept") / "seed=3-0a1b2c3d"
-    settings = ("seed=3", "trainer.max_steps=8", "tracking.validate_every=4", "optimizer.lr=0.01")
-    arguments = ("debug=cpu", f"cache_dir={cache_dir}", f"run_dir={folder}", *settings)
+    arguments = ("debug=cpu", f"cache_dir={cache_dir}", f"run_dir={folder}", *KEPT_RUN)
     assert command(list(arguments)) == 0
     return folder
 

@@ -15,11 +15,21 @@ import torch
 import yaml
 
 from kernels.errors import UserError
+from tests.train.conftest import KEPT_RUN
 from tests.train.faults.table import SLOW
-from tests.train.test_wrong_inputs import Malicious
 from train.runs import load_run
 
-SAME = ("seed=3", "trainer.max_steps=12", "tracking.validate_every=4", "optimizer.lr=0.01")
+SAME = (*KEPT_RUN, "trainer.max_steps=12")
+
+
+class Malicious:
+    """Unpickling it would leave a trace."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def resume(train, run: Path) -> int:
@@ -49,6 +59,18 @@ read_model = read(lambda run: run.at("last").model)
 
 def torn(path: Path, trace: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_its_end(path: Path, trace: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def emptied(path: Path, trace: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign_state(path: Path, trace: Path) -> None:
+    torch.save({"weights": 1}, path)
 
 
 def pickled(path: Path, trace: Path) -> None:
@@ -123,12 +145,15 @@ LOOKUP = {"norm_eps": "${oc.env:HOME}"}
 
 FILES = {
     "state torn": Damage(LAST, torn, resume, "must hold an intact checkpoint"),
+    "state without its end": Damage(LAST, without_its_end, resume, "intact checkpoint", False),
+    "state empty": Damage(LAST, emptied, resume, "must hold an intact checkpoint", False),
+    "state foreign": Damage(LAST, foreign_state, resume, "intact checkpoint to resume", False),
     "state with code": Damage(LAST, malicious_state, resume, "intact checkpoint", False),
     "state a pickle": Damage(LAST, pickled, resume, "must hold an intact checkpoint"),
     "state of another run": Damage(
         LAST, state_of_another_run, resume, "got one of run 0a1b2c3d in", False
     ),
-    "state of another model": Damage(LAST, state_of_another_model, resume, "of this model"),
+    "state of another model": Damage(LAST, state_of_another_model, resume, "of this model", False),
     "settings with code": Damage("config.yaml", yaml_object, resume, "a readable config.yaml"),
     "settings with code, read": Damage("config.yaml", yaml_object, read_settings, "must be YAML"),
     "settings with a _target_": Damage(
@@ -141,7 +166,7 @@ FILES = {
         *("config.yaml", settings_with("model", LOOKUP), read_settings),
         *("model.norm_eps must be a plain value, got '${oc.env:HOME}'", False),
     ),
-    "provenance torn": Damage("provenance.json", torn, resume, "readable provenance.json"),
+    "provenance torn": Damage("provenance.json", torn, resume, "readable provenance.json", False),
     "weights torn": Damage(WEIGHTS, torn, branch, "is damaged: its SHA-256"),
     "weights a pickle": Damage(WEIGHTS, pickled, branch, "is damaged: its SHA-256"),
     "weights a pickle with its digest": Damage(
