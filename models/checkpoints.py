@@ -30,7 +30,8 @@ from torch import Tensor
 
 from kernels.errors import UserError, require
 from models.attention import ATTENTIONS, attention_name
-from models.decoder import Decoder, DecoderConfig
+from models.decoder import Decoder
+from models.decoder_config import DecoderConfig
 
 FORMAT = "sinklab model 1"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "model.json"

@@ -19,7 +19,7 @@ from kernels.errors import require
 from models.norms import at_least_fp32
 
 if TYPE_CHECKING:
-    from models.decoder import DecoderConfig
+    from models.decoder_config import DecoderConfig
 
 
 class Rotation(NamedTuple):
@@ -151,7 +151,8 @@ def _cos_and_sin(
     """Those of ``_angles``. An operator, because the compiler would put powers, cosines and sines
     into every layer's rotation, and compute them again for every head: 15 % of a training step."""
     dtype = torch.float64 if is_double else torch.float32
-    angle_BTF = _angles(positions_BT, num_pairs, base, dtype)
+    # A product keeps the order of its factors' strides, of which the compiler knows nothing.
+    angle_BTF = _angles(positions_BT.contiguous(), num_pairs, base, dtype)
     return angle_BTF.cos(), angle_BTF.sin()
 
 

@@ -24,7 +24,7 @@ from kernels.errors import require
 from kernels.masks import IntervalMask
 from models.attention import ATTENTIONS, Attention, LayerInputs
 from models.attention.gated import GateKind, GatePlace
-from models.decoder import DecoderConfig
+from models.decoder_config import DecoderConfig
 from models.positions import POSITIONS
 from train.mistakes import exit_code
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data.packing import MaskKind, PositionKind
 from kernels.errors import require
 from models.attention import attention_name
-from models.decoder import DecoderConfig, NormPlace
+from models.decoder_config import DecoderConfig, NormPlace
 from train.config import RunConfig
 
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.packing import PackingConfig
 from kernels.errors import UserError, require
 from models.checkpoints import check_plain
-from models.decoder import DecoderConfig
+from models.decoder_config import DecoderConfig
 from train.kinds import GROUPS, kind_of, told_kind
 from train.loggers import LoggerConfig
 from train.privacy import private, with_home

@@ -140,18 +140,20 @@ class PretrainModule(L.LightningModule):
         # Lightning's own clipping refuses fused optimizers under mixed precision, because a
         # gradient scaler might be at work; bf16 has none.
         self.lr = optimizer.param_groups[0]["lr"]
-        clip = self.optimizer_config.clip
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters(), float("inf") if clip is None else clip
-        )
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.optimizer_config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.parameters(), self.optimizer_config.clip, norm
+            )
         # A loss that is no number makes all gradients none. Fused AdamW then skips its update, on
         # the device; whatever another optimizer makes of it is never kept (``FiniteCheck``).
         norm = whole(norm)
         is_bad = ~norm.isfinite()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf = is_bad.float()
-        is_first = is_bad & (self.first_bad_step == 0)
-        self.first_bad_step += is_first * (self.trainer.global_step + 1)
+        is_new = is_bad & (self.first_bad_step == 0)
+        self.first_bad_step += is_new * (self.trainer.global_step + 1)
         self.loss_since_record[1] += 1
         self.loss_since_record[2] += norm
 

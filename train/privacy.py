@@ -25,8 +25,12 @@ def private(value: Any) -> Any:
 
 
 def with_home(value: Any) -> Any:
-    """The same value with paths that begin with ``~/`` as they are on this machine."""
-    return _mapped(value, lambda text: os.path.expanduser(text) if text[:2] == "~/" else text)
+    """The same value with ``~`` and paths that begin with ``~/`` as they are on this machine."""
+
+    def expanded(text: str) -> str:
+        return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+    return _mapped(value, expanded)
 
 
 class PrivateRecords(logging.Filter):

@@ -1,8 +1,8 @@
 """The ranks of a run: which one this process is, what they agree on, sums over all of them.
 
 A run's ranks are started by ``train.launch`` (one machine), by ``torchrun`` or by ``srun``; each is
-told who it is by the environment variables of ``torchrun``. Every function here is a collective:
-all ranks call it in the same order. With one rank they change nothing.
+told who it is by the environment variables of ``torchrun``. What sums, gathers or agrees here is a
+collective: all ranks call it, in the same order. With one rank it changes nothing.
 """
 
 from __future__ import annotations
@@ -130,17 +130,6 @@ def one_mistake() -> Iterator[None]:
         raise KnownToAll(found[0])
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true on one rank at least."""
-    if not dist.is_initialized():
-        return flag
-    # Where the group's own tensors live.
-    on_gpu = dist.get_backend() == "nccl"
-    found = torch.tensor(int(flag), device="cuda" if on_gpu else "cpu")
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found.item())
-
-
 def summed(value: Tensor) -> Tensor:
     """The sum over all ranks; ``value`` stays as it is."""
     return _reduced(value, dist.ReduceOp.SUM)
@@ -164,7 +153,7 @@ def gathered(value: Tensor) -> Tensor:
     if not dist.is_initialized():
         return value
     # Collectives know no truth values.
-    sent = value.to(torch.uint8) if value.dtype == torch.bool else value
+    sent = (value.to(torch.uint8) if value.dtype == torch.bool else value).contiguous()
     parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, sent.contiguous())
+    dist.all_gather(parts, sent)
     return torch.cat(parts).to(value.dtype)

@@ -158,7 +158,7 @@ def arm_name(experiment: str, overrides: list[str]) -> str:
 
 def _readable(overrides: list[str], left_out: tuple[str, ...] = ()) -> str:
     told = []
-    for override in overrides:
+    for override in private(overrides):
         name, _, value = override.lstrip("+~").partition("=")
         skipped = (*NOT_THE_EXPERIMENT, "experiment", *left_out)
         if name.split(".")[0] not in skipped and name not in RANKS:

@@ -16,6 +16,7 @@ NO_MEMORY = (
     "can't allocate memory",
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """What messages say that are no ``torch.OutOfMemoryError``: of the CPU, of other libraries."""
@@ -30,8 +31,10 @@ def shortage(error: BaseException, config: RunConfig | None = None) -> UserError
             "with room again the same command with resume=true goes on from the last checkpoint"
         )
     told = str(error)
-    is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY)
+    is_memory = (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(words in told for words in NO_MEMORY))
     )
     return UserError(f"out of memory: {_what_to_lower(config)}") if is_memory else None
 

@@ -47,6 +47,7 @@ class StopSignals:
         self.deferring = False
         self._process = os.getpid()
         self._before: dict[int, Callable | int | None] = {}
+        self._seen: set[int] = set()
         self._is_stopping = False
 
     def __enter__(self) -> StopSignals:
@@ -73,6 +74,7 @@ class StopSignals:
         Raises ``Stopped`` unless the launcher's own handler deals with the signal.
         """
         self.received = 0
+        self._seen.clear()
         handler = self._before.get(number)
         if callable(handler) and handler is not signal.default_int_handler:
             handler(number, None)
@@ -86,7 +88,8 @@ class StopSignals:
         # Helper processes are forked with this handler; their parent ends them.
         if os.getpid() != self._process or self._is_stopping:
             return
-        is_second = self.received == number
+        is_second = number in self._seen
+        self._seen.add(number)
         if number == signal.SIGINT and (is_second or not self.deferring):
             raise KeyboardInterrupt
         self.received = self.received or number

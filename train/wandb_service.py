@@ -32,6 +32,7 @@ def start_wandb(described: dict, mode: str) -> Any | None:
             finish_timeout=FINISH_SECONDS,
             # Names of the user and the machine, paths; provenance.json has what matters of it.
             x_disable_meta=True,
+            host="",
         )
         try:
             return wandb.init(**described, mode=name, resume=resume, settings=quiet)

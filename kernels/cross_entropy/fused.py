@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SLICE_LOGITS = 2**30
 """Logits made at a time, at most: slices of as many tokens keep every product large."""
@@ -41,7 +42,7 @@ def cross_entropy_kernel(
                 tl.store(logits_V + at, tl.zeros([TILE], tl.float32), at < padded_size)
     else:
         # Before the first pass, whose sums all threads wait for: the second one overwrites it.
-        label_logit = tl.load(logits_V + label).to(tl.float32)
+        label_logit = tl.load(logits_V + label, label < vocab_size, other=0.0).to(tl.float32)
         # A finite start: -inf - -inf of columns beyond the vocabulary would be NaN.
         largest_V = tl.full([TILE], -1e38, tl.float32)
         total_V = tl.zeros([TILE], tl.float32)
@@ -53,6 +54,8 @@ def cross_entropy_kernel(
             largest_V = above_V
         largest = tl.max(largest_V, 0)
         total = tl.sum(total_V * tl.exp(largest_V - largest), 0)
+        # A label without a logit: NaN loss and gradients, for which training stops.
+        total = tl.where(label < vocab_size, total, float("nan"))
         tl.store(losses_n + row, tl.log(total) + largest - label_logit)
         if WITH_GRADIENT:
             tl.debug_barrier()
@@ -102,6 +105,8 @@ def _linear_cross_entropy(x, weight, labels, vocab_size, with_gradient):
             if with_gradient:
                 torch.mm(logits_nV, weight_VC, out=dx_NC[part])
                 _add_product(dweight_VC, logits_nV.T, x_nC, is_first=start == 0)
+    if num_tokens == 0:
+        dweight_VC.zero_()
     return losses_N.sum(), dx_NC, dweight_VC
 
 
@@ -109,7 +114,8 @@ def gradients_like(x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Ten
     """Fresh gradients: x's in its dtype, the weight's in fp32; no elements unless wanted."""
     if not wanted:
         return x.new_empty(0), x.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+    dx_NC = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx_NC, torch.empty_like(weight, dtype=torch.float32)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
@@ -133,8 +139,11 @@ def _setup_context(ctx, inputs, output):
     _, dx_NC, dweight_VC = output
     ctx.dtypes = x.dtype, weight.dtype
     ctx.save_for_backward(dx_NC, dweight_VC)
+    ctx.mark_non_differentiable(dx_NC, dweight_VC)
+    ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _backward(ctx, dloss, *_):
     dx_NC, dweight_VC = ctx.saved_tensors
     x_dtype, weight_dtype = ctx.dtypes

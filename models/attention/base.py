@@ -27,7 +27,7 @@ from models.positions import Rotation
 
 if TYPE_CHECKING:
     from kernels.similarity import SimilarityOutput
-    from models.decoder import DecoderConfig
+    from models.decoder_config import DecoderConfig
 
 
 @dataclass(kw_only=True)

@@ -36,11 +36,19 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
     )
     names = ", ".join(PRESETS)
     parser.add_argument("--presets", nargs="+", default=[], metavar="NAME", help=f"of {names}")
-    parser.add_argument("--rounds", type=int, default=4, help="bursts of each contender")
+    parser.add_argument(
+        "--rounds", type=int, default=Options.rounds, help="bursts of each contender"
+    )
     parser.add_argument("--rows", type=int, help="rows of a micro-batch; the preset's by default")
-    parser.add_argument("--agree", type=int, default=40, help="steps until losses are compared")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="nats they may differ by")
-    parser.add_argument("--every", type=int, default=100, help="steps a materialised pass")
+    parser.add_argument(
+        "--agree", type=int, default=Options.agree, help="steps until losses are compared"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=Options.tolerance, help="nats they may differ by"
+    )
+    parser.add_argument(
+        "--every", type=int, default=Options.every, help="steps a materialised pass"
+    )
     parser.add_argument("--vocab-size", type=int, help="of the models; by default the tokenizer's")
     parser.add_argument("--compile", action="store_true", help="the plain loop on a CPU too")
     parser.add_argument("--json", type=Path, help="write the figures to this file, or into it")

@@ -31,6 +31,7 @@ class GlobalSettings:
     warn_only: bool
     matmul_precision: str
     cudnn_benchmark: bool
+    fills_new_memory: bool
 
     @classmethod
     def now(cls) -> "GlobalSettings":
@@ -40,6 +41,7 @@ class GlobalSettings:
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.get_float32_matmul_precision(),
             torch.backends.cudnn.benchmark,
+            torch.utils.deterministic.fill_uninitialized_memory,
         )
 
     def apply(self) -> None:
@@ -47,6 +49,7 @@ class GlobalSettings:
         torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = self.fills_new_memory
 
 
 class Ended(NamedTuple):

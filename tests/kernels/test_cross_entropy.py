@@ -106,8 +106,48 @@ def test_without_a_gradient_none_is_made():
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=INTERPRETED)])
+def test_without_a_token_or_a_label_there_is_no_loss_and_no_gradient(implementation):
+    x_NC, weight_VC, labels_N, _ = inputs()
+    for x, labels in ((x_NC[:0], labels_N[:0]), (x_NC, torch.full_like(labels_N, IGNORE_LABEL))):
+        loss = linear_cross_entropy(x, weight_VC, labels, implementation=implementation)
+        dx, dweight_VC = torch.autograd.grad(loss, (x, weight_VC))
+        assert loss == 0 and not dx.any() and not dweight_VC.any()
+
+
+@INTERPRETED
+def test_a_label_without_a_logit_stops_training():
+    x_NC, weight_VC, labels_N, vocab_size = inputs()
+    labels_N[1] = vocab_size
+    loss = linear_cross_entropy(
+        x_NC, weight_VC, labels_N, vocab_size=vocab_size, implementation="triton"
+    )
+    gradients = torch.autograd.grad(loss, (x_NC, weight_VC))
+    assert all(value.isnan().any() for value in (loss, *gradients))
+
+
+@INTERPRETED
+def test_the_operator_keeps_its_promises():
+    """Also where x isn't contiguous: shapes and strides are those that a compiler was told."""
+    from kernels.cross_entropy import fused
+
+    x_NC, weight_VC, labels_N, vocab_size = inputs()
+    x_NC = x_NC.detach().T.contiguous().T.requires_grad_()
+    arguments = (x_NC, weight_VC, labels_N, vocab_size)
+    asked = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(fused._linear_cross_entropy, (*arguments, True), test_utils=asked)
+    loss = fused.fused_linear_cross_entropy(*arguments)
+    (dx_NC,) = torch.autograd.grad(loss, x_NC, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(dx_NC.square().sum(), x_NC)
+
+
 def test_refusals(monkeypatch):
     x_NC, weight_VC, labels_N, _ = inputs()
+    with pytest.raises(UserError, match="vocab_size must be from 1 to 40, the rows of the weight"):
+        linear_cross_entropy(x_NC, weight_VC, labels_N, vocab_size=41)
+    with pytest.raises(UserError, match=r"labels_N must be int64 of shape \[9\], one a token"):
+        linear_cross_entropy(x_NC, weight_VC, labels_N[1:])
 
     def refusal(implementation, dtype=torch.float32):
         with pytest.raises(UserError) as caught:
@@ -122,5 +162,6 @@ def test_refusals(monkeypatch):
     assert refusal("triton") == "implementation triton can't run tensors on cpu; use reference"
     monkeypatch.setattr(checks, "INTERPRETED", True)
     assert "float64; use reference" in refusal("triton", torch.float64)
+    assert "float16 in Triton's interpreter; use" in refusal("triton", torch.float16)
     monkeypatch.setattr(checks, "HAS_TRITON", False)
     assert "without the package triton" in refusal("triton")

@@ -8,11 +8,13 @@ import torch
 from tests.train.ranked import assert_same_runs, moved, train_on_ranks
 
 SETTINGS = (
-    *("debug=cpu", "packing=causal_document_bos", "packing.micro_batch_rows=2"),
+    *("debug=cpu", "packing=document_document_bos", "packing.micro_batch_rows=2"),
+    *("packing.packer=single", "corpus.unit=paragraphs"),
     *("tracking.statistics=full", "tracking.log_every=2", "tracking.sinks_every=2"),
     *("trainer.max_steps=5", "trainer.progress=false"),
 )
-"""Accumulation on one rank and on two, the entropy, and sums that go on over the last record."""
+"""Accumulation on one rank and on two, unequal numbers of labels, the entropy, and sums that go on
+over the last record."""
 
 ROUNDING = 1e-5
 

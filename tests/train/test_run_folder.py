@@ -41,6 +41,13 @@ def test_the_name_tells_the_overrides_and_ends_with_the_hash():
     assert run_name(settings(), []).startswith("default-")
 
 
+def test_names_have_no_home_in_them(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    overrides = ["corpus.paths=[/home/anna/texts/a.txt]"]
+    assert run_name(settings(), overrides).startswith("paths=textsa.txt-")
+    assert arm_name("default", overrides) == "paths=textsa.txt"
+
+
 def test_an_arm_is_the_settings_without_seeds():
     base = settings() | {"data_seed": 0}
     same = base | {"seed": 1, "data_seed": 2, "run_dir": "x", "resume": True}

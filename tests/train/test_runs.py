@@ -20,7 +20,10 @@ PACKINGS = (
     "document,document_document_bos,document_pinned_bos"
 )
 
+SMALL = ("packing.batch_tokens=512", "tracking.canonical_rows=2", "tracking.probe_rows=2")
+
 LONGER = (
+    *SMALL,
     "tracking.validate_every=10",
     "tracking.log_every=2",
     "tracking.sinks_every=4",
@@ -117,7 +120,8 @@ def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
 
     monkeypatch.chdir(tmp_path)
     seeds = ",".join(map(str, range(runs)))
-    sweep = ["-m", f"seed={seeds}", "debug=cpu", f"cache_dir={cache_dir}", "trainer.max_steps=3"]
+    same = ["debug=cpu", f"cache_dir={cache_dir}", "trainer.max_steps=3", *SMALL]
+    sweep = ["-m", f"seed={seeds}", *same]
     with monkeypatch.context() as failing:
         failing.setattr(PretrainModule, "training_step", fails)
         assert command(sweep) == 1
@@ -253,14 +257,14 @@ def test_accumulation_changes_neither_gradient_nor_metrics(train, tmp_path):
 
 def test_statistics_off_trains_the_same_weights(train, tmp_path):
     on, off = tmp_path / "on", tmp_path / "off"
-    assert train(run_dir=on) == 0
-    assert train("tracking.statistics=off", run_dir=off) == 0
+    assert train(*SMALL, run_dir=on) == 0
+    assert train(*SMALL, "tracking.statistics=off", run_dir=off) == 0
     assert_same_weights(weights(on, 4), weights(off, 4))
     assert not (off / "sinks").exists()
 
 
 def test_a_resume_keeps_to_its_schedule(train, tmp_path, capsys):
-    same = ("schedule=cosine", "schedule.warmup_steps=1")
+    same = (*SMALL, "schedule=cosine", "schedule.warmup_steps=1")
     assert train(*same) == 0
     capsys.readouterr()
     assert train(*same, "resume=true", "trainer.max_steps=8") == 2
@@ -271,7 +275,7 @@ def test_a_resume_keeps_to_its_schedule(train, tmp_path, capsys):
 def test_a_run_in_which_no_key_reaches_64_queries_has_losses_but_no_sinks(
     train, tmp_path, overrides
 ):
-    assert train(*overrides, "trainer.max_steps=2") == 0
+    assert train(*SMALL, *overrides, "trainer.max_steps=2") == 0
     table = metrics(tmp_path / "run")
     assert table["train/loss"].notna().sum() == 2
     assert not any(name.startswith("sink/") for name in table)

@@ -1,11 +1,12 @@
 """Every wrong input ends in one line that names the setting, the rule and the value, with exit
 code 2, and leaves nothing half-written behind."""
 
-import json
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.train.conftest import KEPT_RUN
 
 WRONG_SETTINGS = {
     "unknown section": (["modle.num_layers=3"], "modle"),
@@ -124,10 +125,8 @@ def test_a_wrong_setting_ends_in_one_line(train, files, tmp_path, capsys, overri
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pinned_bos_that_is_the_eos(train, cache_dir, tmp_path, capsys):
-    assert train(run_dir=tmp_path / "first") == 0
-    tokenizer = next(path for path in cache_dir.rglob("tokenizer.json"))
-    capsys.readouterr()
+def test_a_pinned_bos_that_is_the_eos(train, kept_run, tmp_path, capsys):
+    tokenizer = shutil.copy(kept_run / "tokenizer.json", tmp_path / "bpe.json")
     assert train("tokenizer=file", f"tokenizer.path={tokenizer}", "tokenizer.bos='<eos>'") == 2
     assert_one_line(capsys, "packing.bos")
 
@@ -151,76 +150,25 @@ def test_run_dir_that_is_a_file(train, tmp_path, capsys):
     assert_one_line(capsys, "run_dir must be a folder")
 
 
-class Malicious:
-    """Unpickling it would leave a trace."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.fixture
-def finished(train, tmp_path, capsys) -> Path:
-    assert train() == 0
-    capsys.readouterr()
-    return tmp_path / "run"
-
-
-def test_resuming_with_other_settings(train, finished, capsys):
-    before = (finished / "config.yaml").read_bytes()
-    assert train("resume=true", "model.num_layers=3") == 2
+def test_resuming_with_other_settings(train, copied, capsys):
+    before = (copied / "config.yaml").read_bytes()
+    assert train(*KEPT_RUN, "resume=true", "model.num_layers=3", run_dir=copied) == 2
     assert_one_line(capsys, "model.num_layers must stay 2 when a run is resumed, got 3")
-    assert (finished / "config.yaml").read_bytes() == before
+    assert (copied / "config.yaml").read_bytes() == before
 
 
-def test_resuming_a_finished_run(train, finished, capsys):
-    assert train("resume=true") == 2
-    assert_one_line(capsys, "trainer.max_steps must be > 4 to go on with the run")
+def test_resuming_a_finished_run(train, copied, capsys):
+    assert train(*KEPT_RUN, "resume=true", run_dir=copied) == 2
+    assert_one_line(capsys, "trainer.max_steps must be > 8 to go on with the run")
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "foreign", "malicious", "other shape"])
-def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
-    train, finished, tmp_path, capsys, damage
-):
-    last = finished / "checkpoints" / "last.ckpt"
-    trace = tmp_path / "executed"
-    if damage == "torn":
-        last.write_bytes(last.read_bytes()[:-1000])
-    elif damage == "empty":
-        last.write_bytes(b"")
-    elif damage == "foreign":
-        torch.save({"weights": 1}, last)
-    elif damage == "malicious":
-        torch.save({"state_dict": Malicious(trace)}, last)
-    else:
-        state = torch.load(last, weights_only=True)
-        name = next(name for name in state["state_dict"] if "embedding" in name)
-        state["state_dict"][name] = state["state_dict"][name][:, :8].clone()
-        torch.save(state, last)
-    rows = (finished / "metrics.csv").read_bytes()
-    assert train("resume=true", "trainer.max_steps=8") == 2
-    assert_one_line(capsys, str(last))
-    assert not trace.exists()
-    assert (finished / "metrics.csv").read_bytes() == rows
-
-
-def test_a_damaged_store_is_refused_by_name(finished, train, tmp_path, capsys):
-    cache = tmp_path / "cache"
-    assert train(f"cache_dir={cache}", run_dir=tmp_path / "second") == 0
-    (tokens,) = cache.rglob("train.bin")
-    content = bytearray(tokens.read_bytes())
-    content[1000] ^= 1
-    tokens.chmod(0o644)
-    tokens.write_bytes(content)
-    capsys.readouterr()
-    assert train(f"cache_dir={cache}", run_dir=tmp_path / "third") == 2
+def test_a_damaged_store_is_refused_by_name(train, kept_run, cache_dir, tmp_path, capsys):
+    cache = Path(shutil.copytree(cache_dir, tmp_path / "cache"))
+    for tokens in cache.rglob("train.bin"):
+        content = bytearray(tokens.read_bytes())
+        content[1000] ^= 1
+        tokens.chmod(0o644)
+        tokens.write_bytes(content)
+    assert train(f"cache_dir={cache}") == 2
     assert_one_line(capsys, "train.bin")
-    assert not (tmp_path / "third").exists()
-
-
-def test_a_run_folder_with_damaged_provenance(train, finished, capsys):
-    (finished / "provenance.json").write_text(json.dumps([1]))
-    assert train("resume=true", "trainer.max_steps=8") == 2
-    assert_one_line(capsys, "provenance.json")
+    assert not (tmp_path / "run").exists()

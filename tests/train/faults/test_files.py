@@ -15,11 +15,21 @@ import torch
 import yaml
 
 from kernels.errors import UserError
+from tests.train.conftest import KEPT_RUN
 from tests.train.faults.table import SLOW
-from tests.train.test_wrong_inputs import Malicious
 from train.runs import load_run
 
-SAME = ("seed=3", "trainer.max_steps=12", "tracking.validate_every=4", "optimizer.lr=0.01")
+SAME = (*KEPT_RUN, "trainer.max_steps=12")
+
+
+class Malicious:
+    """Unpickling it would leave a trace."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def resume(train, run: Path) -> int:
@@ -49,6 +59,18 @@ read_model = read(lambda run: run.at("last").model)
 
 def torn(path: Path, trace: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_its_end(path: Path, trace: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def emptied(path: Path, trace: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign_state(path: Path, trace: Path) -> None:
+    torch.save({"weights": 1}, path)
 
 
 def pickled(path: Path, trace: Path) -> None:
@@ -123,12 +145,15 @@ LOOKUP = {"norm_eps": "${oc.env:HOME}"}
 
 FILES = {
     "state torn": Damage(LAST, torn, resume, "must hold an intact checkpoint"),
+    "state without its end": Damage(LAST, without_its_end, resume, "intact checkpoint", False),
+    "state empty": Damage(LAST, emptied, resume, "must hold an intact checkpoint", False),
+    "state foreign": Damage(LAST, foreign_state, resume, "intact checkpoint to resume", False),
     "state with code": Damage(LAST, malicious_state, resume, "intact checkpoint", False),
     "state a pickle": Damage(LAST, pickled, resume, "must hold an intact checkpoint"),
     "state of another run": Damage(
         LAST, state_of_another_run, resume, "got one of run 0a1b2c3d in", False
     ),
-    "state of another model": Damage(LAST, state_of_another_model, resume, "of this model"),
+    "state of another model": Damage(LAST, state_of_another_model, resume, "of this model", False),
     "settings with code": Damage("config.yaml", yaml_object, resume, "a readable config.yaml"),
     "settings with code, read": Damage("config.yaml", yaml_object, read_settings, "must be YAML"),
     "settings with a _target_": Damage(
@@ -141,7 +166,7 @@ FILES = {
         *("config.yaml", settings_with("model", LOOKUP), read_settings),
         *("model.norm_eps must be a plain value, got '${oc.env:HOME}'", False),
     ),
-    "provenance torn": Damage("provenance.json", torn, resume, "readable provenance.json"),
+    "provenance torn": Damage("provenance.json", torn, resume, "readable provenance.json", False),
     "weights torn": Damage(WEIGHTS, torn, branch, "is damaged: its SHA-256"),
     "weights a pickle": Damage(WEIGHTS, pickled, branch, "is damaged: its SHA-256"),
     "weights a pickle with its digest": Damage(
@@ -219,13 +244,14 @@ def test_a_file_of_the_cache_is_refused_and_made_again(
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
-def test_no_key_and_no_home_in_a_run_folder(train, cache_dir, tmp_path, monkeypatch):
+def test_no_key_no_home_and_no_machine_in_a_run_folder(train, cache_dir, tmp_path, monkeypatch):
     home = tmp_path / "home" / "anna"
     shutil.copytree(cache_dir, home / "cache")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("socket.gethostname", lambda: "annas-machine")
     run = home / "run"
     here = (f"cache_dir={home}/cache", f"run_dir={run}", "hydra.job.name=hf_abcdefgh")
     monkeypatch.setattr("sys.argv", ["train", "debug=cpu", *here, f"key={KEY}"])
@@ -237,7 +263,7 @@ def test_no_key_and_no_home_in_a_run_folder(train, cache_dir, tmp_path, monkeypa
     assert (run / "wandb").exists()
     for path in (path for path in run.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        for secret in (str(home), KEY, "hf_abcdefgh"):
+        for secret in (str(home), KEY, "hf_abcdefgh", "annas-machine"):
             assert secret.encode() not in content, (path, secret)
     # Equal on every machine, so the run goes on in its folder.
     assert train("trainer.max_steps=3", settings[1], "resume=true", run_dir=run) == 0
@@ -248,8 +274,9 @@ def test_homes_and_keys_of_others_are_left_alone(monkeypatch):
 
     monkeypatch.setenv("HOME", "/home/anna")
     monkeypatch.setenv("A_TOKEN", "1")
-    values = {"a": ["/home/anna/x", "/home/annabel/x", 1, None], "b": "s=[/home/anna,/home/anna/]"}
-    hidden = {"a": ["~/x", "/home/annabel/x", 1, None], "b": "s=[~,~/]"}
+    anna = ["/home/anna/x", "/home/anna", "/home/annabel/x", 1, None]
+    values = {"a": anna, "b": "s=[/home/anna,/home/anna/]"}
+    hidden = {"a": ["~/x", "~", "/home/annabel/x", 1, None], "b": "s=[~,~/]"}
     assert private(values) == hidden
     assert with_home(hidden)["a"] == values["a"]
     assert os.path.expanduser("~") == "/home/anna"

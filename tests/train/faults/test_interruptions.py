@@ -13,6 +13,9 @@ from tests.train.faults.injections import run_and_die, run_with_small_files, sig
 from tests.train.faults.table import KILLED, KILLED_PREPARING, SLOW, STOPS, SURVIVED
 from tests.train.test_runs import assert_same_weights, metrics, sinks, weights
 
+# The straight run and the server of processes are made once, by one worker.
+pytestmark = pytest.mark.xdist_group("interruptions")
+
 STEPS = 8
 
 SETTINGS = (

@@ -1,5 +1,6 @@
 """Signals outside training, beside a launcher, and under SLURM."""
 
+import errno
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from train.shortage import shortage
 from train.stopping import Stopped, StopSignals, requeue
 
 
@@ -67,6 +69,15 @@ def test_before_training_a_signal_stops_there_and_then(number):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_second_ctrl_c_stops_at_once_whatever_came_before_the_first():
+    with StopSignals() as signals:
+        signals.deferring = True
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_stopped_run_passes_handlers_and_processes():
     assert not issubclass(Stopped, Exception)
     stopped = pickle.loads(pickle.dumps(Stopped(15, "saved")))
@@ -121,3 +132,17 @@ def test_a_forked_helper_is_left_to_its_parent():
         signals._process = -1
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+    ids=["the system's", "Triton's"],
+)
+def test_too_little_memory_is_told_whoever_finds_it(error):
+    assert str(shortage(error)).startswith("out of memory: ")
+    assert shortage(OSError(errno.ENOENT, "No such file")) is None
+    assert shortage(ValueError("out of memory")) is None
