@@ -89,6 +89,8 @@ def start(
         "skip_finished": skip_finished,
     }
     signals = signals or StopSignals()
+    # What was compiled for a sweep's earlier runs counts towards a limit, after which nothing is.
+    torch.compiler.reset()
     if is_rank():
         run(config, **arguments, signals=signals)
         return
