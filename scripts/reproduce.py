@@ -1,0 +1,166 @@
+"""Try a finding again: make its runs, print ours beside the paper's, and a verdict.
+
+    python -m scripts.reproduce NAME [NAME ...] --budget cpu|minutes|paper
+    python -m scripts.reproduce --list [--budget B]     findings, costs, what can be told
+    python -m scripts.reproduce NAME --show             what is stored, without a run or a GPU
+
+Runs that are done aren't made again, stopped ones go on: interrupted or out of --seconds, the same
+command continues. --store keeps each run as a file of a few kB in docs/findings/runs, from where
+the finding can be finished without the runs' folders, and writes table, verdicts, figure and its
+data. Verdicts are by criteria that train/findings/ has in writing. Exit code 2 if a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from kernels.errors import UserError, require
+from train.findings import FINDINGS, Finding
+from train.findings.budgets import BUDGETS, Budget
+from train.findings.store import FOLDER, require_results, results_of, stored_results
+from train.mistakes import exit_code
+from train.stopping import Stopped
+
+
+def main(arguments: list[str]) -> None:
+    options = parsed(arguments)
+    budget = BUDGETS[options.budget]
+    if options.list:
+        from train.findings.costs import list_lines
+
+        print("\n".join(list_lines(budget, options.folder)))
+        return
+    require(bool(options.names), "NAME", f"must be among {', '.join(FINDINGS)}", "none")
+    findings = [FINDINGS[name] for name in options.names]
+    if options.show:
+        for finding in findings:
+            results = stored_results(finding, budget, options.folder)
+            require_results(results, options.folder)
+            print_results(finding, budget, results, options.folder)
+        return
+    if options.only is not None:
+        only(findings[0], budget, options)
+        return
+    failed = [told for finding in findings for told in reproduce(finding, budget, options)]
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
+
+
+def reproduce(finding: Finding, budget: Budget, options: argparse.Namespace) -> list[str]:
+    """Make what is missing, print and store what there is; returns what failed."""
+    from train.findings.campaign import Campaign, plans_of, records, seeds_wanted
+
+    places = places_of(options)
+    print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
+    if budget.name == "paper":
+        print(f"paper's preset: experiment={finding.experiment}; unknown: {told_unknown(finding)}")
+        if options.plan:
+            return []
+    seeds = seeds_wanted(finding, budget, options.seeds)
+    plans = plans_of(finding, budget, seeds, places.extra)
+    campaign = Campaign(places, jobs=options.jobs, seconds=options.seconds)
+    missing = campaign.run(finding, plans, budget)
+    if missing.waiting:
+        print(f"{len(missing.waiting)} runs are still to make: the same command goes on")
+    made = records(plans, places)
+    if not made:
+        return missing.failed
+    results = results_of(finding, budget, made)
+    if options.store:
+        from train.findings.page import store_outcome
+
+        for path in store_outcome(results, options.folder):
+            print(path)
+    print_results(finding, budget, results, options.folder)
+    return missing.failed
+
+
+def only(finding: Finding, budget: Budget, options: argparse.Namespace) -> None:
+    """The one run that --only names, for a campaign of several jobs."""
+    from train.findings.campaign import make_only
+
+    name, _, seed = options.only.partition(":")
+    arms = {arm.name: arm for arm in finding.arms_of(budget.name)}
+    known = name in arms and seed.isdecimal()
+    require(known, "--only", f"must be ARM:SEED, ARM among {', '.join(arms)}", options.only)
+    make_only(finding, budget, arms[name], int(seed), places_of(options))
+
+
+def print_results(finding: Finding, budget: Budget, results, folder: Path) -> None:
+    """Ours beside the paper's, and the verdicts."""
+    from train.findings.page import stored_noise
+    from train.findings.table import lines_of, outcome
+
+    told = outcome(results, stored_noise(budget, folder))
+    print(f"\n{finding.claim}\n{finding.source}\n")
+    print("\n".join(lines_of(finding, budget, told)))
+    if not budget.decides:
+        print(f"\nBudget {budget.name}: {budget.meant_for}.")
+
+
+def told_unknown(finding: Finding) -> str:
+    return "; ".join(finding.unknown) or "nothing that we know of"
+
+
+def places_of(options: argparse.Namespace):
+    from train.findings.campaign import Places
+
+    return Places(options.runs, options.folder, options.store, tuple(options.set))
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; raises ``UserError`` for names that aren't there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FINDINGS)}")
+    parser.add_argument("--budget", default="minutes", help=f"{', '.join(BUDGETS)} (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="what there is, and what it costs")
+    parser.add_argument("--show", action="store_true", help="print what is stored")
+    parser.add_argument("--plan", action="store_true", help="paper: print what is known, don't run")
+    parser.add_argument("--store", action="store_true", help="keep results in --folder")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of results (%(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/findings"), help="of run folders (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, help="at most so many")
+    parser.add_argument("--seconds", type=float, help="begin no run that wouldn't be done by then")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (%(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="where data lie, for every run: corpus.paths=[FILE], cache_dir=DIR",
+    )
+    parser.add_argument("--only", metavar="ARM:SEED", help="make this run and no other")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        require(name in FINDINGS, "NAME", f"must be among {', '.join(FINDINGS)}", name)
+    require(
+        options.budget in BUDGETS,
+        "--budget",
+        f"must be one of {', '.join(BUDGETS)}",
+        options.budget,
+    )
+    for name in ("seeds", "jobs"):
+        value = getattr(options, name)
+        require(value is None or value >= 1, f"--{name}", "must be >= 1", value)
+    return options
+
+
+def command(arguments: list[str]) -> int:
+    """Run it with these arguments; returns the exit code."""
+    try:
+        return exit_code(main, arguments, "interrupted: the same command goes on")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))
