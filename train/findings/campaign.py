@@ -129,12 +129,12 @@ class Campaign:
 
     def run(self, finding: Finding, plans: Sequence[Planned], budget: Budget) -> Missing:
         """Make the runs that are missing; failures don't stop the others."""
-        found = {plan: record_of(plan, self.places) for plan in plans}
-        for plan, record in found.items():
+        found = [(plan, record_of(plan, self.places)) for plan in plans]
+        for plan, record in found:
             if record is not None:
                 self._keep(plan, record)
                 self._took.append(record.seconds / self.jobs)
-        todo = [plan for plan, record in found.items() if record is None]
+        todo = [plan for plan, record in found if record is None]
         done = len(plans) - len(todo)
         self.tell(f"{finding.name}: {len(plans)} runs, {done} done before")
         with StopSignals(requeues=False) as signals:
