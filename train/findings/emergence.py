@@ -55,7 +55,11 @@ EMERGENCE = Finding(
         *(
             Claim(
                 says=f"{arm}: layers 0 and 1 never sink",
-                direction=(AtMost(Of(arm, "onset/heads_of_layers_0_1")),),
+                # A run without a sink would say nothing about its layers.
+                direction=(
+                    AtMost(Of(arm, "onset/censored")),
+                    AtMost(Of(arm, "onset/heads_of_layers_0_1")),
+                ),
             )
             for arm in ("causal", "pinned")
         ),

@@ -67,7 +67,8 @@ PACKING = Finding(
     setting=(
         "six packings of the same documents in the same order, evaluated on the same text with a "
         "BOS in front (bos_text) and without (text); controls for how many keys a query sees. "
-        "Models trained without a BOS don't know the one of bos_text"
+        "Models trained without a BOS don't know the one of bos_text; the text of the arms with "
+        "long documents alone is of long documents too"
     ),
     aggregation=f"ours {RATE}; the paper's eps and aggregation for Table 2 aren't visible",
     arms=ARMS,
