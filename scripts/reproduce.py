@@ -54,8 +54,8 @@ def reproduce(finding: Finding, budget: Budget, options: argparse.Namespace) -> 
 
     places = places_of(options)
     print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
-    if budget.name == "paper":
-        print(f"paper's preset: experiment={finding.experiment}; unknown: {told_unknown(finding)}")
+    if options.plan or budget.name == "paper":
+        print("\n".join(plan_lines(finding, budget)))
         if options.plan:
             return []
     seeds = seeds_wanted(finding, budget, options.seeds)
@@ -100,8 +100,22 @@ def print_results(finding: Finding, budget: Budget, results, folder: Path) -> No
         print(f"\nBudget {budget.name}: {budget.meant_for}.")
 
 
-def told_unknown(finding: Finding) -> str:
-    return "; ".join(finding.unknown) or "nothing that we know of"
+def plan_lines(finding: Finding, budget: Budget) -> list[str]:
+    """What would be run, and by what it would be judged."""
+    preset = " ".join(budget.overrides) or f"experiment={finding.experiment}"
+    lines = [f"every arm: {preset}; {finding.setting}", ""]
+    for arm in finding.arms_of(budget.name):
+        cut = f" packing.context so that it sees as many keys as {arm.context_of}"
+        told = ", ".join(f"{name} {value:g}" for name, value in arm.paper.items())
+        lines.append(
+            f"  {arm.name}: {' '.join(arm.overrides)}{cut if arm.context_of else ''}"
+            + (f"  (paper: {told})" if told else "")
+        )
+    for claim in finding.claims:
+        lines += ["", f"{claim.says}", *(f"  direction: {test}" for test in claim.direction)]
+        lines += [f"  magnitude: {test}" for test in claim.magnitude]
+    unknown = "; ".join(finding.unknown) or "nothing that we know of"
+    return [*lines, "", f"not told by the paper: {unknown}"]
 
 
 def places_of(options: argparse.Namespace):
@@ -121,7 +135,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", default="minutes", help=f"{', '.join(BUDGETS)} (%(default)s)")
     parser.add_argument("--list", action="store_true", help="what there is, and what it costs")
     parser.add_argument("--show", action="store_true", help="print what is stored")
-    parser.add_argument("--plan", action="store_true", help="paper: print what is known, don't run")
+    parser.add_argument("--plan", action="store_true", help="print arms and criteria, run nothing")
     parser.add_argument("--store", action="store_true", help="keep results in --folder")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results (%(default)s)")
     parser.add_argument(

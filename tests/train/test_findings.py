@@ -326,7 +326,13 @@ def test_what_the_repository_says_follows_from_its_stored_runs():
     assert check_stored(folder) == len(stored)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("noise", "emergence") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_stored_outcomes_are_recomputed_and_a_changed_one_is_found(tmp_path, name, capsys):
     folder = tmp_path / "findings"
     finding = FINDINGS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,7 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
     took = [run.seconds for run in results.runs]
     seconds = float(np.mean(took)) if took else budget.seconds
     about = "" if took else "about "
-    config, _ = compose([*(budget.overrides or (f"experiment={finding.experiment}",))])
-    tokens = config.trainer.max_steps * config.packing.batch_tokens
+    tokens = _tokens(budget.overrides or (f"experiment={finding.experiment}",))
     return [
         finding.name,
         finding.source,
@@ -59,6 +59,13 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
         f"{arms * seeds} x {short_count(tokens)} = {short_count(arms * seeds * tokens)}",
         resolution(finding, budget, seeds, noise),
     ]
+
+
+@cache
+def _tokens(preset: tuple[str, ...]) -> int:
+    """Of a run of a preset."""
+    config, _ = compose([*preset])
+    return config.trainer.max_steps * config.packing.batch_tokens
 
 
 def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> str:
