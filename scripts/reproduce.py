@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernels.errors import UserError, require
 from train.findings import FINDINGS, Finding
@@ -22,6 +23,10 @@ from train.findings.budgets import BUDGETS, Budget
 from train.findings.store import FOLDER, require_results, results_of, stored_results
 from train.mistakes import exit_code
 from train.stopping import Stopped
+
+if TYPE_CHECKING:
+    from train.findings.campaign import Campaign, Places
+    from train.findings.store import Results
 
 
 def main(arguments: list[str]) -> None:
@@ -43,16 +48,24 @@ def main(arguments: list[str]) -> None:
     if options.only is not None:
         only(findings[0], budget, options)
         return
-    failed = [told for finding in findings for told in reproduce(finding, budget, options)]
+    from train.findings.campaign import Campaign
+
+    # One for all, as --seconds is.
+    campaign = Campaign(places_of(options), jobs=options.jobs, seconds=options.seconds)
+    failed = [
+        told for finding in findings for told in reproduce(finding, budget, options, campaign)
+    ]
     if failed:
         raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
-def reproduce(finding: Finding, budget: Budget, options: argparse.Namespace) -> list[str]:
+def reproduce(
+    finding: Finding, budget: Budget, options: argparse.Namespace, campaign: Campaign
+) -> list[str]:
     """Make what is missing, print and store what there is; returns what failed."""
-    from train.findings.campaign import Campaign, plans_of, records, seeds_wanted
+    from train.findings.campaign import plans_of, records, seeds_wanted
 
-    places = places_of(options)
+    places = campaign.places
     print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
     if options.plan or budget.name == "paper":
         print("\n".join(plan_lines(finding, budget)))
@@ -60,7 +73,6 @@ def reproduce(finding: Finding, budget: Budget, options: argparse.Namespace) -> 
             return []
     seeds = seeds_wanted(finding, budget, options.seeds)
     plans = plans_of(finding, budget, seeds, places.extra)
-    campaign = Campaign(places, jobs=options.jobs, seconds=options.seconds)
     missing = campaign.run(finding, plans, budget)
     if missing.waiting:
         print(f"{len(missing.waiting)} runs are still to make: the same command goes on")
@@ -69,9 +81,11 @@ def reproduce(finding: Finding, budget: Budget, options: argparse.Namespace) -> 
         return missing.failed
     results = results_of(finding, budget, made)
     if options.store:
-        from train.findings.page import store_outcome
+        from train.findings.page import store_outcomes
 
-        for path in store_outcome(results, options.folder):
+        # Perhaps more seeds than were asked for now.
+        results = stored_results(finding, budget, options.folder)
+        for path in store_outcomes(finding.name, budget, options.folder):
             print(path)
     print_results(finding, budget, results, options.folder)
     return missing.failed
@@ -88,7 +102,7 @@ def only(finding: Finding, budget: Budget, options: argparse.Namespace) -> None:
     make_only(finding, budget, arms[name], int(seed), places_of(options))
 
 
-def print_results(finding: Finding, budget: Budget, results, folder: Path) -> None:
+def print_results(finding: Finding, budget: Budget, results: Results, folder: Path) -> None:
     """Ours beside the paper's, and the verdicts."""
     from train.findings.page import stored_noise
     from train.findings.table import lines_of, outcome
@@ -118,7 +132,8 @@ def plan_lines(finding: Finding, budget: Budget) -> list[str]:
     return [*lines, "", f"not told by the paper: {unknown}"]
 
 
-def places_of(options: argparse.Namespace):
+def places_of(options: argparse.Namespace) -> Places:
+    """Where runs and results lie."""
     from train.findings.campaign import Places
 
     return Places(options.runs, options.folder, options.store, tuple(options.set))

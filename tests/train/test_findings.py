@@ -17,7 +17,14 @@ from train.findings.base import AtLeast, AtMost, Claim, Near, Of
 from train.findings.budgets import BUDGETS, difference, planned, slug_of
 from train.findings.draw import COLUMNS, points_of
 from train.findings.measures import CURVES, Record, rounded
-from train.findings.page import json_bytes, page, stem, store_outcome, stored_noise, stored_outcome
+from train.findings.page import (
+    json_bytes,
+    page,
+    stem,
+    store_outcomes,
+    stored_noise,
+    stored_outcome,
+)
 from train.findings.statistics import smallest_effect, t_quantile
 from train.findings.store import FOLDER, stored_results
 from train.findings.table import markdown, outcome
@@ -337,7 +344,7 @@ def test_stored_outcomes_are_recomputed_and_a_changed_one_is_found(tmp_path, nam
     folder = tmp_path / "findings"
     finding = FINDINGS[name]
     store_made(folder, finding, COLLAPSED, seeds=3)
-    store_outcome(stored_results(finding, MINUTES, folder), folder)
+    store_outcomes(name, MINUTES, folder)
     assert check_stored(folder) == 1
     points = pd.read_csv(folder / f"{name}.csv")
     assert tuple(points) == COLUMNS and len(points) > 10
@@ -355,6 +362,24 @@ def test_stored_outcomes_are_recomputed_and_a_changed_one_is_found(tmp_path, nam
         check_stored(folder)
     shutil.rmtree(folder / "runs")
     assert command([name, "--show", "--folder", str(folder)]) == 2
+
+
+def test_what_rests_on_new_runs_is_written_anew(tmp_path):
+    folder = tmp_path / "findings"
+    store_made(folder, FINDINGS["emergence"], seeds=2)
+    paths = store_outcomes("emergence", MINUTES, folder)
+    assert {path.name for path in paths} == {
+        *(f"emergence.{ending}" for ending in ("json", "csv", "png")),
+        "findings.md",
+    }
+    # Six more seeds of the same arms, five of which are emergence's too.
+    store_made(folder, FINDINGS["noise"], seeds=8)
+    paths = store_outcomes("noise", MINUTES, folder)
+    assert {"emergence.json", "emergence.png", "noise.json"} <= {path.name for path in paths}
+    assert stored_outcome(folder / "emergence.json")["seeds"]["causal"] == [0, 1, 2, 3, 4]
+    assert check_stored(folder) == 2
+    again = store_outcomes("noise", MINUTES, folder)
+    assert {path.name for path in again} == {"findings.md"}, "nothing else has changed"
 
 
 def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):

@@ -66,6 +66,7 @@ EMERGENCE = Finding(
     ),
     panels=(
         Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
+        Panel("points", ("onset/onset_step",), "Onset of every seed", "step"),
         Panel("layers", ("excess",), "pinned, by layer", "excess mass of the first key", "pinned"),
     ),
     experiment="gu60m",

@@ -21,7 +21,7 @@ from train.findings import FINDINGS
 from train.findings.base import Finding
 from train.findings.budgets import BUDGETS, Budget
 from train.findings.draw import draw, points_of
-from train.findings.store import Results, stored_results
+from train.findings.store import require_results, stored_results
 from train.findings.table import lines_of, outcome
 from train.findings.verdicts import Noise, noise_of
 
@@ -39,21 +39,34 @@ def stored_noise(budget: Budget, folder: Path) -> Noise:
     return noise_of(stored_results(FINDINGS["noise"], budget, folder))
 
 
-def store_outcome(results: Results, folder: Path) -> list[Path]:
-    """Write a finding's files and the page anew; returns their paths."""
-    finding, budget = results.finding, results.budget
-    base = folder / stem(finding.name, budget)
-    folder.mkdir(parents=True, exist_ok=True)
-    told = outcome(results, stored_noise(budget, folder))
-    files = {".json": json_bytes(told), ".csv": points_of(results).to_csv(index=False).encode()}
-    image = io.BytesIO()
-    # Without the version that drew it, which would differ for the same picture.
-    draw(results).savefig(image, format="png", dpi=130, metadata={"Software": None})
-    files[".png"] = image.getvalue()
+def store_outcomes(name: str, budget: Budget, folder: Path) -> list[Path]:
+    """Write the files of a finding from its stored runs, and anew what they change: other findings
+    have its arms or rest on its noise, and the page has all. Returns the paths.
+
+    Raises ``UserError`` if the finding has no stored run.
+    """
+    require_results(stored_results(FINDINGS[name], budget, folder), folder)
+    noise = stored_noise(budget, folder)
     paths = []
-    for ending, content in files.items():
-        paths.append(base.with_name(base.name + ending))
-        write_atomically(paths[-1], content)
+    for finding in FINDINGS.values():
+        base = folder / stem(finding.name, budget)
+        path = base.with_name(f"{base.name}.json")
+        if finding.name != name and not path.exists():
+            continue
+        results = stored_results(finding, budget, folder)
+        content = json_bytes(outcome(results, noise))
+        points = points_of(results).to_csv(index=False).encode()
+        data = path.with_suffix(".csv")
+        image = path.with_suffix(".png")
+        old = [file.read_bytes() for file in (path, data) if file.exists()]
+        if old == [content, points] and image.exists():
+            continue
+        buffer = io.BytesIO()
+        # Without the version that drew it, which would differ for the same picture.
+        draw(results).savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+        for file, new in ((path, content), (data, points), (image, buffer.getvalue())):
+            write_atomically(file, new)
+            paths.append(file)
     if budget.name == OF_RECORD:
         paths.append(folder.with_suffix(".md"))
         write_atomically(paths[-1], page(folder).encode())

@@ -214,7 +214,8 @@ def _spread_lines(spread: dict[str, Any]) -> list[str]:
 
 
 def cell_text(cell: dict[str, Any], percent: bool) -> str:
-    """``12.4 ± 0.8 % (6/48, 5/48, 7/48)``; a dash for what isn't known."""
+    """``12.4 ± 0.8 % (5 to 7/48)``, the heads' smallest and largest number; a dash for what isn't
+    known."""
     if "mean" not in cell:
         return "–"
     scale = 100 if percent else 1
@@ -226,7 +227,11 @@ def cell_text(cell: dict[str, Any], percent: bool) -> str:
     unknown = sum(value is None for value in cell["values"])
     if unknown:
         text += f" ({len(cell['values']) - unknown} of {len(cell['values'])})"
-    return text + (f" ({', '.join(cell['heads'])})" if cell.get("heads") else "")
+    if not cell.get("heads"):
+        return text
+    counts, totals = zip(*(told.split("/") for told in cell["heads"]), strict=True)
+    ends = sorted({min(counts, key=int), max(counts, key=int)}, key=int)
+    return f"{text} ({' to '.join(ends)}/{totals[0]})"
 
 
 def number(value: float, percent: bool) -> str:
