@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
@@ -28,6 +30,14 @@ def reproduce(cache_dir, tmp_path):
         return command([*arguments, "--budget", "cpu", "--store", *where, *settings])
 
     return run
+
+
+class StopsAtSecondStep(L.Callback):
+    """Somebody ends the process while it trains."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stored(folder: Path) -> dict[str, dict]:
@@ -88,12 +98,9 @@ def test_interrupted_and_continued_it_is_the_same(reproduce, tmp_path, monkeypat
     # The first run is stopped while it trains, the second before it is probed.
     real_run, real_probe = campaign.run, campaign.probe_run
 
-    def stop_in_training(*args, signals, **more):
-        os.kill(os.getpid(), signal.SIGTERM)
-        real_run(*args, signals=signals, **more)
-
-    monkeypatch.setattr(campaign, "run", stop_in_training)
+    monkeypatch.setattr(campaign, "run", partial(real_run, callbacks=[StopsAtSecondStep()]))
     assert reproduce("noise", "--seeds", "2") == 143
+    assert (tmp_path / "runs" / "cpu" / "baseline_seed=0" / "checkpoints" / "last.ckpt").exists()
     monkeypatch.setattr(campaign, "run", real_run)
 
     def interrupt(*args, **more):
@@ -102,11 +109,11 @@ def test_interrupted_and_continued_it_is_the_same(reproduce, tmp_path, monkeypat
     monkeypatch.setattr(campaign, "probe_run", interrupt)
     assert reproduce("noise", "--seeds", "2") == 130
     monkeypatch.setattr(campaign, "probe_run", real_probe)
-    # Time for one run, then for none.
-    assert reproduce("noise", "--seeds", "2", "--seconds", "0.001") == 0
+    # No time at all; then for one seed.
+    assert reproduce("noise", "--seeds", "2", "--seconds", "0") == 0
     assert "4 runs are still to make" in capsys.readouterr().out
     assert reproduce("noise", "--seeds", "1") == 0
-    assert reproduce("noise", "--seeds", "2", "--seconds", "0.001") == 0
+    assert reproduce("noise", "--seeds", "2", "--seconds", "0") == 0
     assert "2 runs are still to make" in capsys.readouterr().out
     assert reproduce("noise", "--seeds", "2") == 0
     assert stored(tmp_path / "findings") == stored(tmp_path / "whole")
