@@ -12,7 +12,7 @@ import torch
 
 from kernels.errors import UserError
 from scripts.reproduce import command
-from tests.train.test_findings import check_stored
+from tests.train.test_findings_stored import check_stored
 from train.findings import FINDINGS, campaign
 from train.findings.budgets import BUDGETS, planned
 from train.findings.measures import CURVES, Record
