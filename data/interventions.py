@@ -60,6 +60,17 @@ class Interventions:
         if self.fixed_position is not None:
             self._write(rows, self.fixed_position, self.fixed_id)
 
+    def written(self, tokens_BW: np.ndarray, document_BW: np.ndarray) -> np.ndarray | None:
+        """A copy of held-out prompts' tokens with all that is written; None where that is nothing,
+        or lies beyond their end."""
+        positions = [*self.random_positions]
+        positions += [] if self.fixed_position is None else [self.fixed_position]
+        if not positions or max(positions) >= tokens_BW.shape[1]:
+            return None
+        rows = RowArrays(tokens_BW.copy(), document_BW, *[np.zeros(0)] * 2)
+        self.write(rows, HELD_OUT, np.arange(len(tokens_BW)))
+        return rows.tokens_BW
+
     def _write(self, rows: RowArrays, position: int, ids: np.ndarray | int) -> None:
         is_token_B = rows.document_BW[:, position] >= 0
         column_B = rows.tokens_BW[:, position]

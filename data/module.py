@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,19 @@ class TokenDataModule(LightningDataModule):
             self._specials,
             num_tokens=num_tokens,
             num_rows=num_rows,
+        )
+
+    def written(self, batch: PackedBatch) -> PackedBatch | None:
+        """Prompts with what packing writes into every row written into them too, without labels;
+        None where it writes nothing, or beyond their end."""
+        tokens_BT = self._interventions.written(batch.tokens_BT.numpy(), batch.document_BT.numpy())
+        if tokens_BT is None:
+            return None
+        return replace(
+            batch,
+            tokens_BT=torch.from_numpy(tokens_BT),
+            labels_BT=torch.full_like(batch.labels_BT, IGNORE_LABEL),
+            num_labels=torch.zeros_like(batch.num_labels),
         )
 
     @cached_property

@@ -201,3 +201,28 @@ def test_fresh_documents_are_all_unique(cache_dir):
     assert module.seen(RowCursor(3, 0, 60)).unique_tokens == 960
     # Whatever was asked before.
     assert module.seen(RowCursor(1, 5, 25)).unique_tokens == 400
+
+
+def test_prompts_with_what_is_written(make_module):
+    """As in training rows: the fixed token everywhere, random ones anew in each prompt."""
+    plain = make_module(PackingConfig(context=128, batch_tokens=128))
+    plain.setup()
+    text = plain.probe_batch(ProbeKind.text, 64, 8)
+    assert plain.written(text) is None
+    settings = {"fixed_position": 2, "fixed_token": "t", "random_positions": [0]}
+    module = make_module(PackingConfig(context=128, batch_tokens=128, **settings))
+    module.setup()
+    before_BT = text.tokens_BT.clone()
+    written = module.written(text)
+    assert torch.equal(text.tokens_BT, before_BT), "the prompts themselves are left alone"
+    assert (written.tokens_BT[:, 2] == module.tokenizer.token_id("t")).all()
+    assert len(written.tokens_BT[:, 0].unique()) > 2
+    others = [t for t in range(64) if t not in (0, 2)]
+    assert torch.equal(written.tokens_BT[:, others], before_BT[:, others])
+    assert (written.labels_BT == IGNORE_LABEL).all() and written.num_labels == 0
+    assert torch.equal(written.tokens_BT, module.written(text).tokens_BT)
+    far = make_module(
+        PackingConfig(context=128, batch_tokens=128, fixed_position=100, fixed_token="t")
+    )
+    far.setup()
+    assert far.written(text) is None

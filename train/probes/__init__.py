@@ -6,6 +6,7 @@ its line here.
 
 from train.probes.base import Finding, Probe, ProbeInputs
 from train.probes.circuit import probe_circuit
+from train.probes.documents import probe_documents
 from train.probes.interventions import probe_interventions
 from train.probes.losses import probe_losses
 from train.probes.mixing import probe_mixing
@@ -21,5 +22,6 @@ PROBES: dict[str, Probe] = {
     "mixing": probe_mixing,
     "circuit": probe_circuit,
     "interventions": probe_interventions,
+    "documents": probe_documents,
 }
 """By name: what ``python -m scripts.probe`` runs."""

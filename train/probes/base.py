@@ -15,7 +15,8 @@ from models.decoder import Decoder
 class Finding(NamedTuple):
     """One measured value; -1 where it is not of one layer, head or position.
 
-    name: underscores, the field's words. input: text, bos_text, random, repeated or context.
+    name: underscores, the field's words. input: text, bos_text, random, repeated,
+    written or context.
     """
 
     name: str

@@ -4,6 +4,8 @@
     bos_text   the BOS and the first 63 of the same
     random     64 tokens drawn alike from the tokenizer's text tokens
     repeated   one such token 64 times, another one in each prompt
+    written    the prompts of ``text`` with what packing writes into rows (a fixed token, random
+               ones), where it does
     context    held-out rows, packed as the run packs them
 
 Random and repeated tokens are arXiv 2410.10781's (table 1), which has no BOS in front of them.
@@ -85,6 +87,9 @@ def probe_inputs(
     prompts["random"] = _with_tokens(text, draw.choice(ids, (num_prompts, HORIZON)))
     repeated_B1 = draw.choice(ids, (num_prompts, 1))
     prompts["repeated"] = _with_tokens(text, np.repeat(repeated_B1, HORIZON, axis=1))
+    written = data.written(text)
+    if written is not None:
+        prompts["written"] = written
     return ProbeInputs(
         prompts={name: batch.to(device) for name, batch in prompts.items()},
         context=[data.own_batches()[0].to(device)],

@@ -133,14 +133,16 @@ def zero_at(position: int) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def cut(batch: PackedBatch, rows: int, tokens: int | None = None) -> PackedBatch:
-    """The first rows of a causal batch, and of each row the first tokens (all by default)."""
-    assert batch.mask.is_causal
+def cut(batch: PackedBatch, rows: int | slice, tokens: int | None = None) -> PackedBatch:
+    """The first rows of a batch, or those of a slice; under a causal mask also of each row the
+    first tokens (all by default)."""
+    assert tokens is None or batch.mask.is_causal
     num_tokens = batch.tokens_BT.shape[1] if tokens is None else tokens
+    rows = slice(rows) if isinstance(rows, int) else rows
 
     def cut_fields(value: object) -> dict[str, Tensor]:
         names = [field.name for field in dataclasses.fields(value) if field.name.endswith("_BT")]
-        return {name: getattr(value, name)[:rows, :num_tokens] for name in names}
+        return {name: getattr(value, name)[rows, :num_tokens] for name in names}
 
     fields = cut_fields(batch)
     fields["num_labels"] = (fields["labels_BT"] != IGNORE_LABEL).sum()

@@ -1,0 +1,195 @@
+"""Try a finding again: make its runs, print ours beside the paper's, and a verdict.
+
+    python -m scripts.reproduce NAME [NAME ...] --budget cpu|minutes|paper
+    python -m scripts.reproduce --list [--budget B]     findings, costs, what can be told
+    python -m scripts.reproduce NAME --show             what is stored, without a run or a GPU
+
+Runs that are done aren't made again, stopped ones go on: interrupted or out of --seconds, the same
+command continues. --store keeps each run as a file of a few kB in docs/findings/runs, from where
+the finding can be finished without the runs' folders, and writes table, verdicts, figure and its
+data. Verdicts are by criteria that train/findings/ has in writing. Exit code 2 if a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kernels.errors import UserError, require
+from train.findings import FINDINGS, Finding
+from train.findings.budgets import BUDGETS, Budget
+from train.findings.store import FOLDER, require_results, results_of, stored_results
+from train.mistakes import exit_code
+from train.stopping import Stopped
+
+if TYPE_CHECKING:
+    from train.findings.campaign import Campaign, Places
+    from train.findings.store import Results
+
+
+def main(arguments: list[str]) -> None:
+    options = parsed(arguments)
+    budget = BUDGETS[options.budget]
+    if options.list:
+        from train.findings.costs import list_lines
+
+        print("\n".join(list_lines(budget, options.folder)))
+        return
+    require(bool(options.names), "NAME", f"must be among {', '.join(FINDINGS)}", "none")
+    findings = [FINDINGS[name] for name in options.names]
+    if options.show:
+        for finding in findings:
+            results = stored_results(finding, budget, options.folder)
+            require_results(results, options.folder)
+            print_results(finding, budget, results, options.folder)
+        return
+    if options.only is not None:
+        only(findings[0], budget, options)
+        return
+    from train.findings.campaign import Campaign
+
+    # One for all, as --seconds is.
+    campaign = Campaign(places_of(options), jobs=options.jobs, seconds=options.seconds)
+    failed = [
+        told for finding in findings for told in reproduce(finding, budget, options, campaign)
+    ]
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
+
+
+def reproduce(
+    finding: Finding, budget: Budget, options: argparse.Namespace, campaign: Campaign
+) -> list[str]:
+    """Make what is missing, print and store what there is; returns what failed."""
+    from train.findings.campaign import plans_of, records, seeds_wanted
+
+    places = campaign.places
+    print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
+    if options.plan or budget.name == "paper":
+        print("\n".join(plan_lines(finding, budget)))
+        if options.plan:
+            return []
+    seeds = seeds_wanted(finding, budget, options.seeds)
+    plans = plans_of(finding, budget, seeds, places.extra)
+    missing = campaign.run(finding, plans, budget)
+    if missing.waiting:
+        print(f"{len(missing.waiting)} runs are still to make: the same command goes on")
+    made = records(plans, places)
+    if not made:
+        return missing.failed
+    results = results_of(finding, budget, made)
+    if options.store:
+        from train.findings.page import store_outcomes
+
+        # Perhaps more seeds than were asked for now.
+        results = stored_results(finding, budget, options.folder)
+        for path in store_outcomes(finding.name, budget, options.folder):
+            print(path)
+    print_results(finding, budget, results, options.folder)
+    return missing.failed
+
+
+def only(finding: Finding, budget: Budget, options: argparse.Namespace) -> None:
+    """The one run that --only names, for a campaign of several jobs."""
+    from train.findings.campaign import make_only
+
+    name, _, seed = options.only.partition(":")
+    arms = {arm.name: arm for arm in finding.arms_of(budget.name)}
+    known = name in arms and seed.isdecimal()
+    require(known, "--only", f"must be ARM:SEED, ARM among {', '.join(arms)}", options.only)
+    make_only(finding, budget, arms[name], int(seed), places_of(options))
+
+
+def print_results(finding: Finding, budget: Budget, results: Results, folder: Path) -> None:
+    """Ours beside the paper's, and the verdicts."""
+    from train.findings.page import stored_noise
+    from train.findings.table import lines_of, outcome
+
+    told = outcome(results, stored_noise(budget, folder))
+    print(f"\n{finding.claim}\n{finding.source}\n")
+    print("\n".join(lines_of(finding, budget, told)))
+    if not budget.decides:
+        print(f"\nBudget {budget.name}: {budget.meant_for}.")
+
+
+def plan_lines(finding: Finding, budget: Budget) -> list[str]:
+    """What would be run, and by what it would be judged."""
+    preset = " ".join(budget.overrides) or f"experiment={finding.experiment}"
+    lines = [f"every arm: {preset}; {finding.setting}", ""]
+    for arm in finding.arms_of(budget.name):
+        cut = f" packing.context so that it sees as many keys as {arm.context_of}"
+        told = ", ".join(f"{name} {value:g}" for name, value in arm.paper.items())
+        lines.append(
+            f"  {arm.name}: {' '.join(arm.overrides)}{cut if arm.context_of else ''}"
+            + (f"  (paper: {told})" if told else "")
+        )
+    for claim in finding.claims:
+        lines += ["", f"{claim.says}", *(f"  direction: {test}" for test in claim.direction)]
+        lines += [f"  magnitude: {test}" for test in claim.magnitude]
+    unknown = "; ".join(finding.unknown) or "nothing that we know of"
+    return [*lines, "", f"not told by the paper: {unknown}"]
+
+
+def places_of(options: argparse.Namespace) -> Places:
+    """Where runs and results lie."""
+    from train.findings.campaign import Places
+
+    return Places(options.runs, options.folder, options.store, tuple(options.set))
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The options; raises ``UserError`` for names that aren't there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FINDINGS)}")
+    parser.add_argument("--budget", default="minutes", help=f"{', '.join(BUDGETS)} (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="what there is, and what it costs")
+    parser.add_argument("--show", action="store_true", help="print what is stored")
+    parser.add_argument("--plan", action="store_true", help="print arms and criteria, run nothing")
+    parser.add_argument("--store", action="store_true", help="keep results in --folder")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of results (%(default)s)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/findings"), help="of run folders (%(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, help="at most so many")
+    parser.add_argument("--seconds", type=float, help="begin no run that wouldn't be done by then")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (%(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="where data lie, for every run: corpus.paths=[FILE], cache_dir=DIR",
+    )
+    parser.add_argument("--only", metavar="ARM:SEED", help="make this run and no other")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        require(name in FINDINGS, "NAME", f"must be among {', '.join(FINDINGS)}", name)
+    require(
+        options.budget in BUDGETS,
+        "--budget",
+        f"must be one of {', '.join(BUDGETS)}",
+        options.budget,
+    )
+    for name in ("seeds", "jobs"):
+        value = getattr(options, name)
+        require(value is None or value >= 1, f"--{name}", "must be >= 1", value)
+    return options
+
+
+def command(arguments: list[str]) -> int:
+    """Run it with these arguments; returns the exit code."""
+    try:
+        return exit_code(main, arguments, "interrupted: the same command goes on")
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -1,0 +1,225 @@
+"""Verdicts on stored results whose effects are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.made_results import COLLAPSED, PACKING, STEPS, fewer_keys, store_made
+from train.findings import FINDINGS
+from train.findings.base import AtLeast, AtMost, Claim, Near, Of
+from train.findings.budgets import BUDGETS
+from train.findings.measures import Record, rounded
+from train.findings.page import stored_noise
+from train.findings.statistics import smallest_effect, t_quantile
+from train.findings.store import stored_results
+from train.findings.table import outcome
+from train.findings.verdicts import Verdict, judge, noise_of, unstable_from
+
+MINUTES = BUDGETS["minutes"]
+
+
+def judged(folder: Path, says: str, noise=None, finding=PACKING, budget=MINUTES):
+    (claim,) = (claim for claim in finding.claims if says in claim.says)
+    return judge(claim, stored_results(finding, budget, folder), noise or {})
+
+
+def verdicts(folder: Path, says: str, **more) -> tuple[Verdict, Verdict, Verdict]:
+    return judged(folder, says, **more)[:3]
+
+
+def changed(arm: str, **values: float) -> dict:
+    """The paper's outcome with some values of an arm replaced; ``_in_`` stands for ``/``."""
+    named = {name.replace("_in_", "/"): value for name, value in values.items()}
+    return COLLAPSED | {arm: COLLAPSED.get(arm, {}) | named}
+
+
+def test_a_known_effect_holds_in_direction_and_magnitude(tmp_path):
+    store_made(tmp_path, PACKING, COLLAPSED)
+    fewer_keys(tmp_path)
+    results = stored_results(PACKING, MINUTES, tmp_path)
+    for claim in PACKING.claims:
+        told = judge(claim, results, {})
+        assert told.verdict == told.direction == Verdict.holds, (claim.says, told.reason)
+        assert told.magnitude is (Verdict.holds if claim.magnitude else Verdict.no_number)
+        assert told.seeds == 3
+        if claim.effect is not None:
+            assert told.effect > told.tellable > 0
+
+
+def test_a_smaller_collapse_holds_in_direction_alone(tmp_path):
+    store_made(tmp_path, PACKING, changed("causal_pinned_bos", text_in_excess=0.08))
+    told = judged(tmp_path, "causal_pinned_bos: without")
+    assert told[:3] == (Verdict.in_direction, Verdict.holds, Verdict.fails)
+    assert "0.25 x" in told.reason
+
+
+def test_a_collapse_the_other_way_does_not_hold(tmp_path):
+    store_made(tmp_path, PACKING, changed("causal_pinned_bos", text_in_excess=0.4))
+    assert verdicts(tmp_path, "causal_pinned_bos: without") == (Verdict.fails,) * 3
+
+
+def test_one_seed_that_disagrees_is_enough_not_to_hold(tmp_path):
+    store_made(tmp_path, PACKING, COLLAPSED, seeds=5)
+    path = tmp_path / "runs" / "minutes" / "packing=causal_pinned_bos_seed=4.json"
+    record = Record.from_json(path)
+    path.write_bytes(replace(record, values=record.values | {"text/loss": 2.0}).to_json())
+    told = judged(tmp_path, "causal_pinned_bos: without")
+    assert told.verdict is Verdict.fails and "of seed 4" in told.reason
+
+
+def test_every_seed_must_lie_above_every_seed(tmp_path):
+    """Pairs of equal seeds would agree here."""
+    store_made(tmp_path, PACKING, COLLAPSED)
+    for seed in range(3):
+        for own, value in (("baseline", 0.1 + 0.2 * seed), ("packing=causal_pinned_bos", 0.15)):
+            path = tmp_path / "runs" / "minutes" / f"{own}_seed={seed}.json"
+            record = Record.from_json(path)
+            new = value if own == "baseline" else 0.65 + 0.3 * (seed - 1)
+            path.write_bytes(
+                replace(record, values=record.values | {"bos_text/excess": new}).to_json()
+            )
+    results = stored_results(PACKING, MINUTES, tmp_path)
+    test = AtLeast(Of("causal_pinned_bos", "bos_text/excess"), Of("causal", "bos_text/excess"))
+    pairs, every = (
+        Claim(says="", direction=(replace(test, strict=True, every=each),))
+        for each in (False, True)
+    )
+    assert judge(pairs, results, {}).verdict is Verdict.holds
+    assert judge(every, results, {}).verdict is Verdict.fails
+
+
+def test_two_seeds_decide_nothing(tmp_path):
+    store_made(tmp_path, PACKING, COLLAPSED, seeds=2)
+    results = stored_results(PACKING, MINUTES, tmp_path)
+    for claim in PACKING.claims:
+        told = judge(claim, results, {})
+        assert told[:3] == (Verdict.undecided,) * 3 and "of the 3 seeds" in told.reason
+
+
+def test_an_effect_that_noise_could_make_decides_nothing(tmp_path):
+    small = changed("causal_pinned_bos", bos_text_in_excess=0.13, text_in_excess=0.1)
+    store_made(tmp_path, PACKING, small, seeds=5)
+    assert verdicts(tmp_path, "causal_pinned_bos: without")[1] is Verdict.holds
+    # Eight seeds of the baseline that differ more than these five happened to.
+    told = judged(tmp_path, "causal_pinned_bos: without", noise={"text/excess": (0.03, 8)})
+    assert told[:3] == (Verdict.undecided,) * 3 and 0.02 < told.effect < told.tellable
+
+
+def test_a_measure_that_a_run_lacks_decides_nothing(tmp_path):
+    store_made(tmp_path, PACKING, COLLAPSED)
+    path = tmp_path / "runs" / "minutes" / "packing=document_document_bos_seed=1.json"
+    record = Record.from_json(path)
+    del record.values["documents/inner_rate_030"]
+    path.write_bytes(record.to_json())
+    told = judged(tmp_path, "document_document_bos")
+    assert told.verdict is Verdict.undecided and "documents/inner_rate_030" in told.reason
+
+
+def test_an_order_that_still_changes_is_still_rising(tmp_path):
+    ahead, behind = [0.0] * 11, [0.1] * 8 + [-0.1, -0.1, -0.1]
+    curves = {
+        "causal_pinned_bos": {"bos_text/excess": ahead},
+        "causal": {"bos_text/excess": behind},
+    }
+    store_made(tmp_path, PACKING, COLLAPSED, curves)
+    told = judged(tmp_path, "with its BOS")
+    assert told[:3] == (Verdict.rising,) * 3 and "1,750" in told.reason
+    # A change before the last third is over.
+    early = [0.1] * 6 + [-0.1] * 5
+    store_made(tmp_path, PACKING, COLLAPSED, curves | {"causal": {"bos_text/excess": early}})
+    assert judged(tmp_path, "with its BOS").verdict is Verdict.holds
+    pair = (Of("causal", "no/curve"), Of("causal_pinned_bos", "bos_text/excess"))
+    assert unstable_from(pair, stored_results(PACKING, MINUTES, tmp_path)) is None
+    assert STEPS[7] == 1750
+
+
+def test_no_sink_at_all_isnt_sinks_at_document_starts(tmp_path):
+    none = {"documents_in_start_rate_030": 0.0, "documents_in_inner_rate_030": 0.0}
+    store_made(tmp_path, PACKING, changed("document_document_bos", **none))
+    for seed in range(3):
+        path = tmp_path / "runs" / "minutes" / f"packing=document_document_bos_seed={seed}.json"
+        record = Record.from_json(path)
+        zero = {f"documents/{which}_rate_030": 0.0 for which in ("start", "inner")}
+        path.write_bytes(replace(record, values=record.values | zero).to_json())
+    assert judged(tmp_path, "document_document_bos").verdict is Verdict.fails
+
+
+def test_a_censored_run_has_no_emergence_and_says_nothing_of_layers(tmp_path):
+    finding = FINDINGS["emergence"]
+    store_made(tmp_path, finding, {"pinned": {"onset/censored": 1, "onset/onset_step": np.nan}})
+    for says in ("pinned: a sink", "pinned: layers"):
+        assert judged(tmp_path, says, finding=finding).direction is not Verdict.holds
+    assert judged(tmp_path, "causal: a sink", finding=finding).verdict is Verdict.holds
+    assert judged(tmp_path, "causal: layers", finding=finding).verdict is Verdict.holds
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"text/excess": 0.01, "text/rate_030": 0.005, "text/hidden_ratio": 1.5}, "holds"),
+        ({"text/excess": 0.01, "text/rate_030": 0.005, "text/hidden_ratio": 7.0}, "doesn't hold"),
+    ],
+)
+def test_the_proxy_is_believed_only_if_the_norms_agree(tmp_path, values, expected):
+    finding = FINDINGS["attention_ops"]
+    store_made(tmp_path, finding, {"sigmoid": values | {"text/value_ratio": 0.9}})
+    assert judged(tmp_path, "and the norms agree", finding=finding).verdict == expected
+
+
+def test_what_cannot_be_decided_is_not(tmp_path):
+    finding = FINDINGS["data_amount"]
+    store_made(tmp_path, finding, {"all": {"natural/excess": 0.9}}, seeds=5)
+    told = judged(tmp_path, "little", finding=finding)
+    assert told.verdict is Verdict.undecided and "200M" in told.reason
+    store_made(tmp_path, PACKING, COLLAPSED, budget="cpu")
+    told = judged(tmp_path, "with its BOS", budget=BUDGETS["cpu"])
+    assert told.verdict is Verdict.undecided and "machinery" in told.reason
+
+
+def test_tests_say_what_they_test():
+    left, right = Of("a", "x"), Of("b", "y")
+    assert str(AtMost(left, right, times=0.25)) == "x of a <= 0.25 x y of b, in every seed"
+    assert str(AtLeast(left, right, every=True, strict=True)).startswith("x of a > y of b, every")
+    assert str(AtLeast(left, plus=0.2)) == "x of a >= 0.2, in every seed"
+    assert AtMost(left, right, times=0.25).holds(0.25, 1.0)
+    assert not AtMost(left, right, times=0.25, strict=True).holds(0.25, 1.0)
+    assert Near(left, right, plus=0.05).holds(1.0, 1.04) and not Near(left, right, plus=0.05).holds(
+        1, 2
+    )
+
+
+def test_quantiles_of_students_t():
+    """Against the tables of any textbook."""
+    for share, degrees, value in (
+        *((0.975, 1, 12.706), (0.975, 4, 2.776), (0.975, 7, 2.365)),
+        *((0.8, 7, 0.896), (0.975, 1000, 1.962), (0.5, 3, 0.0)),
+    ):
+        assert t_quantile(share, degrees) == pytest.approx(value, abs=1.5e-3)
+
+
+def test_the_smallest_effect_is_found_four_times_in_five():
+    n, sd = 5, 0.03
+    effect = smallest_effect(sd, 2 * n - 2, n, n)
+    draws = np.random.default_rng(0).normal(scale=sd, size=(20_000, 2, n))
+    left, right = draws[:, 0] + effect, draws[:, 1]
+    pooled = np.sqrt((left.var(1, ddof=1) + right.var(1, ddof=1)) / n)
+    found = np.abs(left.mean(1) - right.mean(1)) / pooled > t_quantile(0.975, 2 * n - 2)
+    assert found.mean() == pytest.approx(0.8, abs=0.025)
+
+
+def test_noise_is_the_larger_spread_of_the_baselines(tmp_path):
+    finding = FINDINGS["noise"]
+    store_made(tmp_path, finding, seeds=8)
+    for seed in range(8):
+        path = tmp_path / "runs" / "minutes" / f"packing=causal_pinned_bos_seed={seed}.json"
+        record = Record.from_json(path)
+        values = record.values | {"natural/excess": 0.1 * seed}
+        path.write_bytes(replace(record, values=values).to_json())
+    sd, count = stored_noise(MINUTES, tmp_path)["natural/excess"]
+    assert (sd, count) == (pytest.approx(0.1 * np.std(range(8), ddof=1)), 8)
+    told = outcome(stored_results(finding, MINUTES, tmp_path), {})
+    smallest = told["spread"]["natural/excess"]["smallest_effect"]
+    assert smallest["5"] == rounded(smallest_effect(sd, 8, 5, 5), 3) < smallest["3"]
+    assert noise_of(stored_results(finding, MINUTES, tmp_path / "none")) == {}

@@ -1,0 +1,207 @@
+"""Findings from their runs: one campaign end to end, interrupted ones, and every arm's settings."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from kernels.errors import UserError
+from scripts.reproduce import command
+from tests.train.test_findings_stored import check_stored
+from train.findings import FINDINGS, campaign
+from train.findings.budgets import BUDGETS, planned
+from train.findings.measures import CURVES, Record
+
+TINY = ("trainer.max_steps=3", "tracking.validate_every=1", "model.num_heads=4")
+
+
+@pytest.fixture
+def reproduce(cache_dir, tmp_path):
+    """``reproduce("noise", ...)`` at budget cpu in folders of its own; returns the exit code."""
+
+    def run(*arguments: str, folder: str = "findings", runs: str = "runs") -> int:
+        settings = [word for one in (*TINY, f"cache_dir={cache_dir}") for word in ("--set", one)]
+        where = ["--folder", str(tmp_path / folder), "--runs", str(tmp_path / runs)]
+        return command([*arguments, "--budget", "cpu", "--store", *where, *settings])
+
+    return run
+
+
+class StopsAtSecondStep(L.Callback):
+    """Somebody ends the process while it trains."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stored(folder: Path) -> dict[str, dict]:
+    """What was stored, but for times."""
+    told = {}
+    for path in sorted((folder / "runs" / "cpu").glob("*.json")):
+        record = json.loads(path.read_bytes())
+        del record["seconds"], record["values"]["tokens_per_second"]
+        told[path.name] = record
+    return told
+
+
+def measures_of(finding) -> set[str]:
+    """All that a finding asks of a run."""
+    asked = {column.measure for column in finding.columns}
+    for claim in finding.claims:
+        sides = [side for test in claim.tests for side in (test.left, test.right)]
+        asked |= {side.measure for side in (*sides, *(claim.effect or ())) if side is not None}
+    return asked
+
+
+@pytest.mark.slow
+def test_a_finding_from_its_runs_and_again_without_them(reproduce, tmp_path, capsys):
+    assert reproduce("noise", "--seeds", "1") == 0
+    shown = capsys.readouterr().out
+    assert "0 done before" in shown and "a check of the machinery" in shown
+    assert check_stored(tmp_path / "findings") == 1
+    table = shown[shown.index("| arm") :]
+    first = stored(tmp_path / "findings")
+    assert len(first) == 2
+    # Nothing is made again: not in the same place, nor without the runs' folders.
+    assert reproduce("noise", "--seeds", "1", runs="elsewhere") == 0
+    again = capsys.readouterr().out
+    assert "2 done before" in again and again[again.index("| arm") :] == table
+    assert not (tmp_path / "elsewhere").exists()
+    assert reproduce("noise", "--seeds", "1", folder="other") == 0
+    assert "2 done before" in capsys.readouterr().out
+    assert stored(tmp_path / "other") == first
+    assert command(["noise", "--show", "--budget", "cpu", "--folder", str(tmp_path / "other")]) == 0
+    assert table in capsys.readouterr().out
+    # Another finding has the same arms.
+    assert reproduce("emergence", "--seeds", "1") == 0
+    assert "2 runs, 2 done before" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_runs_of_other_settings_are_refused(reproduce, capsys):
+    assert reproduce("noise", "--seeds", "1") == 0
+    capsys.readouterr()
+    assert reproduce("noise", "--seeds", "1", "--set", "optimizer.lr=0.5") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "optimizer.lr 0.002 there, 0.5 here" in error
+
+
+@pytest.mark.slow
+def test_interrupted_and_continued_it_is_the_same(reproduce, tmp_path, monkeypatch, capsys):
+    assert reproduce("noise", "--seeds", "2", folder="whole", runs="whole_runs") == 0
+    # The first run is stopped while it trains, the second before it is probed.
+    real_run, real_probe = campaign.run, campaign.probe_run
+
+    monkeypatch.setattr(campaign, "run", partial(real_run, callbacks=[StopsAtSecondStep()]))
+    assert reproduce("noise", "--seeds", "2") == 143
+    assert (tmp_path / "runs" / "cpu" / "baseline_seed=0" / "checkpoints" / "last.ckpt").exists()
+    monkeypatch.setattr(campaign, "run", real_run)
+
+    def interrupt(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(campaign, "probe_run", interrupt)
+    assert reproduce("noise", "--seeds", "2") == 130
+    monkeypatch.setattr(campaign, "probe_run", real_probe)
+    # No time at all; then for one seed.
+    assert reproduce("noise", "--seeds", "2", "--seconds", "0") == 0
+    assert "4 runs are still to make" in capsys.readouterr().out
+    assert reproduce("noise", "--seeds", "1") == 0
+    assert reproduce("noise", "--seeds", "2", "--seconds", "0") == 0
+    assert "2 runs are still to make" in capsys.readouterr().out
+    assert reproduce("noise", "--seeds", "2") == 0
+    assert stored(tmp_path / "findings") == stored(tmp_path / "whole")
+    assert check_stored(tmp_path / "findings") == 1
+
+
+@pytest.mark.slow
+def test_several_at_once_and_one_that_fails(reproduce, tmp_path, capsys):
+    assert reproduce("noise", "--seeds", "1", folder="whole", runs="whole_runs") == 0
+    assert reproduce("noise", "--seeds", "1", "--jobs", "2") == 0
+    assert stored(tmp_path / "findings") == stored(tmp_path / "whole")
+    # A file where a run's folder should be.
+    (tmp_path / "broken" / "cpu").mkdir(parents=True)
+    (tmp_path / "broken" / "cpu" / "baseline_seed=0").write_text("")
+    capsys.readouterr()
+    for jobs in ("1", "2"):
+        assert reproduce("noise", "--seeds", "1", "--jobs", jobs, folder=jobs, runs="broken") == 2
+        shown = capsys.readouterr()
+        assert "failed: causal seed 0" in shown.out and "1 runs failed" in shown.err
+        assert list(stored(tmp_path / jobs)) == ["packing=causal_pinned_bos_seed=0.json"]
+        for record in (tmp_path / "broken" / "cpu").glob("*/record.json"):
+            record.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FINDINGS)
+def test_every_finding_runs_and_has_the_measures_it_asks_for(reproduce, tmp_path, name, capsys):
+    assert reproduce(name, "--seeds", "1") == 0
+    finding, measured = FINDINGS[name], set()
+    for path in (tmp_path / "findings" / "runs" / "cpu").glob("*.json"):
+        record = Record.from_json(path)
+        measured |= set(record.values)
+        assert {"text/excess", "bos_text/excess", "canonical_loss"} <= set(record.curves)
+        assert set(record.curves) - {"step", "tokens"} <= {
+            *CURVES,
+            *(f"{kind}/layer_{layer:02d}" for kind in ("excess", "rate_030") for layer in range(2)),
+        }
+        # Nothing a slot's but where there is one; documents' keys only where there is such.
+    assert measures_of(finding) <= measured
+    assert check_stored(tmp_path / "findings") == 1
+
+
+ARMS = [(name, arm.name) for name, finding in FINDINGS.items() for arm in finding.arms]
+QUICKLY = [("packing", "document_pinned_bos"), ("fixed_token", "random_1_2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [pair if pair in QUICKLY else pytest.param(*pair, marks=pytest.mark.slow) for pair in ARMS],
+)
+def test_every_arm_composes_at_minutes_and_at_the_papers_size(name, arm):
+    finding = FINDINGS[name]
+    for budget in (BUDGETS["minutes"], BUDGETS["paper"]):
+        found = [one for one in finding.arms_of(budget.name) if one.name == arm]
+        for one in found:
+            plan = planned(finding, budget, one._replace(context_of=None), 2)
+            config, settings = plan.compose()
+            assert (config.seed, config.data_seed) == (2, 2)
+            assert settings["packing"]["context"] == (1024 if budget.name == "minutes" else 2048)
+
+
+def test_a_context_is_cut_to_what_another_arm_sees(cache_dir):
+    finding, budget = FINDINGS["packing"], BUDGETS["cpu"]
+    places = (f"cache_dir={cache_dir}", "corpus.unit=paragraphs")
+    (arm,) = (arm for arm in finding.arms if arm.context_of is not None)
+    plan = planned(finding, budget, arm, 1, places)
+    other, _ = planned(finding, budget, finding.arms[3], 0, places).compose(places)
+    from train.data import data_of
+
+    data = data_of(other)
+    data.setup()
+    config, _ = plan.compose(places)
+    # (n + 1) / 2 keys under a causal mask of n, which is a multiple of 8 and at least 64.
+    wanted = max(64.0, 2 * data.report.mean_keys - 1)
+    assert abs(config.packing.context - wanted) <= 4 and config.packing.context % 8 == 0
+    assert config.packing.context < other.packing.context
+    ratio = config.packing.batch_tokens / other.packing.batch_tokens
+    assert ratio == pytest.approx(1, abs=0.1)
+
+
+def test_the_compiler_forgets_models_between_runs(monkeypatch, tmp_path):
+    """Past eight of them it would quietly run uncompiled."""
+    seen = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: seen.append("reset"))
+    monkeypatch.setattr(campaign, "run", lambda *args, **more: seen.append("run"))
+    # Which refuses a folder that isn't there: there was no run.
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    plan = planned(FINDINGS["noise"], BUDGETS["cpu"], FINDINGS["noise"].arms[0], 0)
+    with pytest.raises(UserError, match="no such folder"):
+        campaign.make(plan, places, None)
+    assert seen == ["reset", "run"]

@@ -1,0 +1,209 @@
+"""What is stored of findings: records, outcomes recomputed from them, and the command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kernels.errors import UserError
+from scripts.reproduce import command
+from tests.train.made_results import COLLAPSED, PACKING, made_record, store_made
+from train.findings import FINDINGS
+from train.findings.budgets import BUDGETS, difference, planned, slug_of
+from train.findings.draw import COLUMNS, points_of
+from train.findings.measures import CURVES, Record
+from train.findings.page import (
+    json_bytes,
+    page,
+    stem,
+    store_outcomes,
+    stored_noise,
+    stored_outcome,
+)
+from train.findings.store import FOLDER, stored_results
+from train.findings.table import markdown, outcome
+
+ROOT = Path(__file__).parents[2]
+MINUTES = BUDGETS["minutes"]
+NAMES = list(FINDINGS)
+
+
+def test_a_record_is_what_was_stored(tmp_path):
+    values = {"onset/onset_step": np.nan, "text/excess": 1 / 3}
+    record = made_record("minutes", ("packing=document",), 1, values, {})
+    path = tmp_path / "one.json"
+    path.write_bytes(record.to_json())
+    again = Record.from_json(path)
+    assert np.isnan(again.values["onset/onset_step"])
+    assert (again.own, again.seed, again.heads) == (record.own, 1, record.heads)
+    pd.testing.assert_frame_equal(again.curves, record.curves, check_dtype=False, atol=1e-4)
+    assert again.to_json() == path.read_bytes(), "stored once more it is the same file"
+    assert len(path.read_bytes()) < 10_000
+    for content in (b"{", b"{}", b"[1]"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="must be a stored run"):
+            Record.from_json(path)
+
+
+def test_stored_runs_of_other_settings_are_told():
+    plan = planned(PACKING, BUDGETS["cpu"], PACKING.arms[0], 0)
+    _, settings = plan.compose()
+    from train.findings.budgets import told_settings
+
+    stored = told_settings(settings)
+    assert stored["model.num_layers"] == 2 and "seed" not in stored
+    assert difference(stored, settings) is None
+    assert (
+        difference(stored | {"model.num_layers": 6}, settings) == "model.num_layers 6 there, 2 here"
+    )
+    # As the default run has it, so not among those told.
+    assert (
+        difference(stored | {"packing.eos": False}, settings)
+        == "packing.eos False there, True here"
+    )
+    del stored["optimizer.lr"]
+    assert "optimizer.lr" in difference(stored, settings)
+
+
+def test_arms_of_one_setting_are_one_run():
+    plans = [
+        planned(FINDINGS[name], MINUTES, FINDINGS[name].arms[0], 3)
+        for name in ("noise", "packing", "emergence", "attention_ops", "fixed_token")
+    ]
+    assert {(plan.pool, plan.slug) for plan in plans} == {("minutes", "baseline_seed=3")}
+    every = [
+        planned(finding, MINUTES, arm, 0)
+        for finding in FINDINGS.values()
+        for arm in finding.arms
+        if arm.context_of is None
+    ]
+    assert len({plan.slug for plan in every}) == len({plan.own for plan in every})
+    assert slug_of(("a.b=[0,1]",)) != slug_of(("a.b=[01]",))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_findings_name_arms_and_curves_that_are_there(name):
+    finding = FINDINGS[name]
+    for budget in BUDGETS:
+        arms = {arm.name for arm in finding.arms_of(budget)}
+        assert len(arms) == len(finding.arms_of(budget)) and len(arms) > 1
+        for claim in finding.claims:
+            assert set(claim.arms) <= arms and claim.direction
+        assert {arm.context_of for arm in finding.arms_of(budget)} <= arms | {None}
+        assert {panel.arm for panel in finding.panels} <= arms | {None}
+    measures = {panel.measures[0] for panel in finding.panels if panel.kind != "points"}
+    assert measures <= set(CURVES)
+
+
+def check_stored(folder: Path) -> int:
+    """Recompute every outcome, data and page in a folder from its runs; how many there were."""
+    count = 0
+    for budget in BUDGETS.values():
+        for finding in FINDINGS.values():
+            path = folder / f"{stem(finding.name, budget)}.json"
+            if not path.exists():
+                continue
+            results = stored_results(finding, budget, folder)
+            told = outcome(results, stored_noise(budget, folder))
+            assert json_bytes(told) == path.read_bytes(), path
+            drawn = points_of(results).to_csv(index=False)
+            assert drawn.encode() == path.with_suffix(".csv").read_bytes(), path
+            assert path.with_suffix(".png").exists()
+            count += 1
+    if folder.with_suffix(".md").exists():
+        assert folder.with_suffix(".md").read_text() == page(folder)
+    return count
+
+
+def test_what_the_repository_says_follows_from_its_stored_runs():
+    folder = ROOT / FOLDER
+    stored = [path for path in folder.glob("*.json")]
+    assert check_stored(folder) == len(stored)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("noise", "emergence") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+    ],
+)
+def test_stored_outcomes_are_recomputed_and_a_changed_one_is_found(tmp_path, name, capsys):
+    folder = tmp_path / "findings"
+    finding = FINDINGS[name]
+    store_made(folder, finding, COLLAPSED, seeds=3)
+    store_outcomes(name, MINUTES, folder)
+    assert check_stored(folder) == 1
+    points = pd.read_csv(folder / f"{name}.csv")
+    assert tuple(points) == COLUMNS and len(points) > 10
+    text = (tmp_path / "findings.md").read_text()
+    assert finding.claim in text and f"findings/{name}.png" in text
+    assert command([name, "--show", "--folder", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for claim in stored_outcome(folder / f"{name}.json")["claims"]:
+        assert claim["says"] in shown and claim["verdict"] in shown
+    record = next((folder / "runs" / "minutes").iterdir())
+    told = json.loads(record.read_bytes())
+    told["values"] = {name: (value or 0) + 0.3 for name, value in told["values"].items()}
+    record.write_text(json.dumps(told))
+    with pytest.raises(AssertionError):
+        check_stored(folder)
+    shutil.rmtree(folder / "runs")
+    assert command([name, "--show", "--folder", str(folder)]) == 2
+
+
+def test_what_rests_on_new_runs_is_written_anew(tmp_path):
+    folder = tmp_path / "findings"
+    store_made(folder, FINDINGS["emergence"], seeds=2)
+    paths = store_outcomes("emergence", MINUTES, folder)
+    assert {path.name for path in paths} == {
+        *(f"emergence.{ending}" for ending in ("json", "csv", "png")),
+        "findings.md",
+    }
+    # Six more seeds of the same arms, five of which are emergence's too.
+    store_made(folder, FINDINGS["noise"], seeds=8)
+    paths = store_outcomes("noise", MINUTES, folder)
+    assert {"emergence.json", "emergence.png", "noise.json"} <= {path.name for path in paths}
+    assert stored_outcome(folder / "emergence.json")["seeds"]["causal"] == [0, 1, 2, 3, 4]
+    assert check_stored(folder) == 2
+    again = store_outcomes("noise", MINUTES, folder)
+    assert {path.name for path in again} == {"findings.md"}, "nothing else has changed"
+
+
+def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):
+    empty = page(tmp_path / "none")
+    assert "##" not in empty and "%" not in empty
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["pakcing"], "NAME must be among noise, packing"),
+        ([], "NAME must be among"),
+        (["noise", "--budget", "hours"], "--budget must be one of cpu, minutes, paper"),
+        (["noise", "--jobs", "0"], "--jobs must be >= 1"),
+        (["noise", "--show"], "must have stored results of noise"),
+        (["noise", "--only", "causal"], "--only must be ARM:SEED"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, told, capsys, tmp_path):
+    assert command([*arguments, "--folder", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and told in error
+
+
+def test_the_list_tells_costs_and_what_can_be_told(tmp_path, capsys):
+    assert command(["--list", "--folder", str(tmp_path)]) == 0
+    before = capsys.readouterr().out
+    assert all(name in before for name in NAMES) and "run noise first" in before
+    store_made(tmp_path, FINDINGS["noise"], seeds=8)
+    assert command(["--list", "--folder", str(tmp_path)]) == 0
+    after = capsys.readouterr().out
+    assert "16/16" in after and "16 x 50 s" in after and "run noise first" not in after
+
+
+def test_markdown_columns_are_aligned():
+    assert markdown(["a", "b"], [["long", "1"]]) == ["| a    | b |", "| ---- | - |", "| long | 1 |"]

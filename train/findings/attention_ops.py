@@ -1,0 +1,123 @@
+"""Attention operations that move the sink or do without (arXiv 2410.10781, Tables 4 and 6)."""
+
+from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Of, Panel
+
+TEXT = "text/rate_030"
+SLOT = "text/null_rate_030"
+EXCESS = "text/excess"
+BASE = "softmax"
+
+
+def taken_over(arm: str, paper: str) -> Claim:
+    """A learned key's slot has the sink, the first token has none."""
+    return Claim(
+        says=f"{arm}: the slot takes the sink over from the first token ({paper})",
+        direction=(
+            AtMost(Of(arm, TEXT), Of(BASE, TEXT), strict=True),
+            AtLeast(Of(arm, SLOT), Of(arm, TEXT), strict=True),
+        ),
+        magnitude=(
+            AtMost(Of(arm, TEXT), Of(BASE, TEXT), times=0.2, strict=True),
+            AtLeast(Of(arm, SLOT), Of(BASE, TEXT)),
+        ),
+        effect=(Of(BASE, EXCESS), Of(arm, EXCESS)),
+        paper_effect=0.1818,
+    )
+
+
+ATTENTION_OPS = Finding(
+    name="attention_ops",
+    title="Attention operations",
+    claim=(
+        "A learned key (with or without a value) takes the sink over; sigmoid attention without "
+        "normalisation has none at the same loss, and normalised it has one again; a learned sink "
+        "logit and an output gate (later work) end the first token's sink."
+    ),
+    source="arXiv 2410.10781, Tables 4 and 6; 2508.10925 (sink logit), 2505.06708 (gate); one seed",
+    setting="the baseline without a BOS, the attention's kind varied",
+    aggregation=(
+        f"{RATE}, as in the paper; sigmoid by the paper's proxy, |weight| over the query's sum"
+    ),
+    arms=(
+        Arm(BASE, ("packing=causal",), {TEXT: 0.1818}),
+        Arm("sigmoid", ("packing=causal", "attention=sigmoid"), {TEXT: 0.0044}),
+        Arm(
+            "sigmoid_normalized",
+            ("packing=causal", "attention=sigmoid", "attention.normalize=true"),
+            {TEXT: 0.3024},
+        ),
+        Arm("k_bias", ("packing=causal", "attention=k_bias"), {TEXT: 0.0, SLOT: 0.7334}),
+        Arm("kv_bias", ("packing=causal", "attention=kv_bias"), {TEXT: 0.0004, SLOT: 0.7276}),
+        Arm("sink_logit", ("packing=causal", "attention=sink_logit")),
+        Arm("gated", ("packing=causal", "attention=gated")),
+    ),
+    columns=(
+        Column(EXCESS, "excess, text"),
+        Column(TEXT, "first token's rate", percent=True),
+        Column(SLOT, "slot's rate", percent=True),
+        Column("text/hidden_ratio", "hidden norm, first / others"),
+        Column("text/value_ratio", "value norm, first / others"),
+        Column("canonical_loss", "canonical loss, nats"),
+    ),
+    claims=(
+        taken_over("k_bias", "first 18.18 -> 0.00 %, slot 73.34 %"),
+        taken_over("kv_bias", "first 18.18 -> 0.04 %, slot 72.76 %"),
+        Claim(
+            says="sigmoid without normalisation has no sink by the proxy, and the norms agree: "
+            "massive-norm and value-norm ratios go at least half way back to 1 (18.18 -> 0.44 %)",
+            direction=(
+                AtMost(Of("sigmoid", EXCESS), Of(BASE, EXCESS), strict=True),
+                # r - 1 of sigmoid at most half of softmax's: r <= r_softmax / 2 + 1 / 2.
+                AtMost(
+                    Of("sigmoid", "text/hidden_ratio"),
+                    Of(BASE, "text/hidden_ratio"),
+                    times=0.5,
+                    plus=0.5,
+                ),
+                AtLeast(
+                    Of("sigmoid", "text/value_ratio"),
+                    Of(BASE, "text/value_ratio"),
+                    times=0.5,
+                    plus=0.5,
+                ),
+            ),
+            magnitude=(AtMost(Of("sigmoid", TEXT), Of(BASE, TEXT), times=0.2),),
+            effect=(Of(BASE, EXCESS), Of("sigmoid", EXCESS)),
+            paper_effect=0.1774,
+        ),
+        Claim(
+            says="sigmoid without normalisation is no worse: 0.05 nats of canonical loss at most "
+            "(3.70 against 3.73)",
+            direction=(
+                AtMost(Of("sigmoid", "canonical_loss"), Of(BASE, "canonical_loss"), plus=0.05),
+            ),
+        ),
+        Claim(
+            says="normalisation brings the sink back (0.44 -> 30.24 %)",
+            direction=(
+                AtLeast(Of("sigmoid_normalized", EXCESS), Of("sigmoid", EXCESS), strict=True),
+            ),
+            magnitude=(AtLeast(Of("sigmoid_normalized", TEXT), Of(BASE, TEXT)),),
+            effect=(Of("sigmoid_normalized", EXCESS), Of("sigmoid", EXCESS)),
+            paper_effect=0.298,
+        ),
+        *(
+            Claim(
+                says=f"{arm}: the first token's excess mass falls, to a quarter or less ({paper})",
+                direction=(AtMost(Of(arm, EXCESS), Of(BASE, EXCESS), strict=True),),
+                magnitude=(AtMost(Of(arm, EXCESS), Of(BASE, EXCESS), times=0.25),),
+                effect=(Of(BASE, EXCESS), Of(arm, EXCESS)),
+            )
+            for arm, paper in (
+                ("sink_logit", "no number in the paper"),
+                ("gated", "attention to the first token 0.467 -> 0.048"),
+            )
+        ),
+    ),
+    panels=(
+        Panel("points", (TEXT, SLOT), "Where the sink is", "rate, eps 0.3, T = 64"),
+        Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
+    ),
+    experiment="gu60m",
+    unknown=("seeds; bf16 evaluation in the paper",),
+)

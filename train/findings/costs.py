@@ -1,0 +1,107 @@
+"""What findings cost at a budget, and whether it can tell the effects that they are about."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from train.config import compose
+from train.findings import FINDINGS
+from train.findings.base import Finding
+from train.findings.budgets import Budget, seeds_of
+from train.findings.page import stored_noise
+from train.findings.statistics import smallest_effect
+from train.findings.store import stored_results
+from train.findings.table import markdown
+from train.findings.verdicts import MIN_SEEDS, Noise
+from train.report.curves import short_count
+
+
+def list_lines(budget: Budget, folder: Path) -> list[str]:
+    """A table of the findings: cost in runs, time and tokens, and what can be told."""
+    noise = stored_noise(budget, folder)
+    rows = [_row(finding, budget, folder, noise) for finding in FINDINGS.values()]
+    header = [
+        "finding",
+        "claim's source",
+        "arms x seeds",
+        "stored",
+        "time",
+        "tokens",
+        "can it tell?",
+    ]
+    return [
+        f"budget {budget.name}: {budget.meant_for}",
+        "",
+        *markdown(header, rows),
+        "",
+        "Arms that several findings have are run once. Time: the mean of the stored runs, else an "
+        "estimate.",
+    ]
+
+
+def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[str]:
+    results = stored_results(finding, budget, folder)
+    seeds, arms = len(seeds_of(finding, budget)), len(finding.arms_of(budget.name))
+    took = [run.seconds for run in results.runs]
+    seconds = float(np.mean(took)) if took else budget.seconds
+    about = "" if took else "about "
+    tokens = _tokens(budget.overrides or (f"experiment={finding.experiment}",))
+    return [
+        finding.name,
+        finding.source,
+        f"{arms} x {seeds}",
+        f"{len(took)}/{arms * seeds}",
+        f"{arms * seeds} x {about}{seconds:,.0f} s = {_span(arms * seeds * seconds)}",
+        f"{arms * seeds} x {short_count(tokens)} = {short_count(arms * seeds * tokens)}",
+        resolution(finding, budget, seeds, noise),
+    ]
+
+
+@cache
+def _tokens(preset: tuple[str, ...]) -> int:
+    """Of a run of a preset."""
+    config, _ = compose([*preset])
+    return config.trainer.max_steps * config.packing.batch_tokens
+
+
+def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> str:
+    """Whether the effects that the paper reports are larger than the smallest that can be told."""
+    effects = [c for c in finding.claims if c.effect is not None and c.paper_effect is not None]
+    if not budget.decides:
+        return "no: checks the machinery"
+    if finding.undecided is not None and budget.name != "paper":
+        return f"no: {finding.undecided}"
+    if finding.name == "noise":
+        return "it is what tells"
+    if seeds < MIN_SEEDS:
+        return f"no: fewer than {MIN_SEEDS} seeds"
+    if not effects:
+        return "its claims name no difference that noise could hide"
+    if not noise:
+        return "unknown: run noise first"
+    known = []
+    for claim in effects:
+        spreads = [noise[side.measure] for side in claim.effect if side.measure in noise]
+        if spreads:
+            sd, count = max(spreads)
+            tellable = smallest_effect(sd, max(count - 1, 2 * seeds - 2), seeds, seeds)
+            known.append((claim.paper_effect, tellable))
+    if not known:
+        return "unknown: noise has other measures"
+    enough = sum(effect > tellable for effect, tellable in known)
+    worst = max(tellable for _, tellable in known)
+    return (
+        f"{enough} of {len(known)} effects of the paper's size; "
+        f"the smallest that can be told is {worst:.2g}"
+    )
+
+
+def _span(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{math.ceil(seconds)} s"

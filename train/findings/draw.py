@@ -1,0 +1,163 @@
+"""A finding's figure, a panel for each of ``Finding.panels``, and the data behind it."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from train.findings.base import Of, Panel
+from train.findings.store import Results
+from train.plotting import ARM_COLOURS, BASELINE, layer_colours, log_steps, new_figure
+
+LINES = ("-", "--", ":", "-.")
+"""Styles that tell arms of one colour apart."""
+
+MARKERS = ("o", "D")
+"""Of the first and the second measure of a panel of points."""
+
+COLUMNS = ("panel", "kind", "measure", "arm", "seed", "layer", "step", "value")
+"""Of the figure's data; seed -1 is the mean over seeds, layer and step -1 are not of one."""
+
+
+def draw(results: Results) -> Figure:
+    """The figure; panels without data are empty and say so."""
+    panels = results.finding.panels
+    points = points_of(results)
+    rows = len(results.records)
+    height = max(3.6, 0.42 * rows + 1.6)
+    figure, axes = new_figure(width=5.6 * len(panels), height=height, columns=len(panels))
+    for index, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
+        own = points[points["panel"] == index]
+        axis.set_title(panel.title)
+        if own.empty:
+            axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
+            continue
+        {"points": _points, "curves": _curves, "layers": _layers}[panel.kind](axis, panel, own)
+        if any(run.made_by["alpha_kind"] == "proxy" for run in results.runs):
+            axis.set_title(f"{panel.title} (sigmoid: proxy)")
+    if not results.budget.decides:
+        figure.suptitle(f"budget {results.budget.name}: a check of the machinery", fontsize=9)
+    return figure
+
+
+def points_of(results: Results) -> pd.DataFrame:
+    """Everything that is drawn, columns ``COLUMNS``."""
+    rows = []
+    for index, panel in enumerate(results.finding.panels):
+        rows += [(index, panel.kind, *point) for point in _FOUND[panel.kind](results, panel)]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype({"value": float}).dropna(subset="value").reset_index(drop=True)
+
+
+def _found_points(results: Results, panel: Panel) -> list[tuple]:
+    return [
+        (measure, arm, seed, -1, -1, value)
+        for measure in panel.measures
+        for arm in results.records
+        for seed, value in results.values(Of(arm, measure)).items()
+    ]
+
+
+def _found_curves(results: Results, panel: Panel) -> list[tuple]:
+    (measure,) = panel.measures
+    return [
+        (measure, arm, seed, -1, step, value)
+        for arm, seeds in results.records.items()
+        for seed, record in seeds.items()
+        if measure in record.curves
+        for step, value in record.curves[["step", measure]].itertuples(index=False)
+    ]
+
+
+def _found_layers(results: Results, panel: Panel) -> list[tuple]:
+    (measure,) = panel.measures
+    prefix = f"{measure}/layer_"
+    names = sorted(
+        {
+            name
+            for record in results.records.get(panel.arm, {}).values()
+            for name in record.curves
+            if name.startswith(prefix)
+        }
+    )
+    rows = []
+    for name in names:
+        curve = results.curve(Of(panel.arm, name))
+        if curve is not None:
+            layer = int(name.removeprefix(prefix))
+            rows += [(measure, panel.arm, -1, layer, step, value) for step, value in curve.items()]
+    return rows
+
+
+_FOUND = {"points": _found_points, "curves": _found_curves, "layers": _found_layers}
+
+
+def _points(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
+    arms = list(dict.fromkeys(points["arm"]))
+    spread = 0.16 if len(panel.measures) > 1 else 0.0
+    for index, measure in enumerate(panel.measures):
+        own = points[points["measure"] == measure]
+        if own.empty:
+            continue
+        shift = spread * (2 * index - 1)
+        y = np.array([arms.index(arm) for arm in own["arm"]]) + shift
+        colour = ARM_COLOURS[index]
+        style = {"s": 26, "marker": MARKERS[index], "color": colour, "alpha": 0.75, "zorder": 3}
+        axis.scatter(own["value"], y, label=_name(measure), **style)
+        for arm, mean in own.groupby("arm")["value"].mean().items():
+            at = arms.index(arm) + shift
+            axis.plot([mean, mean], [at - 0.13, at + 0.13], color=colour, lw=1.8)
+    axis.axvline(0, **BASELINE)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_xlabel(panel.label)
+    if len(panel.measures) > 1:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _name(measure: str) -> str:
+    known = {
+        "bos_text/excess": "BOS + text",
+        "text/excess": "text",
+        "text/rate_030": "first token",
+        "text/null_rate_030": "slot",
+    }
+    if "_at_" in measure:
+        return f"position {int(measure[-1]) + 1}"
+    return "largest of the others" if "_beside_" in measure else known.get(measure, measure)
+
+
+def _curves(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
+    drawn = points[points["step"] > 0]
+    for index, arm in enumerate(dict.fromkeys(drawn["arm"])):
+        by_step = drawn[drawn["arm"] == arm].groupby("step")["value"]
+        # Only where every seed of the arm has a record.
+        whole = by_step.count() == by_step.count().max()
+        mean, low, high = (
+            values[whole] for values in (by_step.mean(), by_step.min(), by_step.max())
+        )
+        colour = ARM_COLOURS[index % len(ARM_COLOURS)]
+        style = LINES[index // len(ARM_COLOURS) % len(LINES)]
+        axis.plot(mean.index, mean, color=colour, linestyle=style, label=arm)
+        axis.fill_between(mean.index, low, high, color=colour, alpha=0.14, lw=0)
+    axis.axhline(0, label="uniform attention", **BASELINE)
+    log_steps(axis, drawn["step"])
+    axis.set_ylabel(panel.label)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _layers(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
+    drawn = points[points["step"] > 0]
+    layers = sorted(set(drawn["layer"]))
+    for layer, colour in zip(layers, layer_colours(len(layers)), strict=True):
+        own = drawn[drawn["layer"] == layer]
+        axis.plot(
+            own["step"], own["value"], color=matplotlib.colors.to_hex(colour), label=f"{layer}"
+        )
+    axis.axhline(0, **BASELINE)
+    log_steps(axis, drawn["step"])
+    axis.set_ylabel(panel.label)
+    axis.legend(title="layer", frameon=False, fontsize=8, ncols=2)

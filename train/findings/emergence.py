@@ -1,0 +1,74 @@
+"""When a sink appears, and in which layers (arXiv 2410.10781, Fig. 4; 2606.02378)."""
+
+from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Of, Panel
+
+
+def emerges(arm: str) -> Claim:
+    """An onset in every seed, at about the paper's sum of learning rates."""
+    return Claim(
+        says=f"{arm}: a sink emerges early, between steps 1k and 2k of 20k",
+        direction=(
+            AtMost(Of(arm, "onset/censored")),
+            # Not there from the start: the record before the onset is one.
+            AtLeast(Of(arm, "onset/onset_step"), Of(arm, "onset/spacing_step"), strict=True),
+        ),
+        # Steps at the paper's rate of 4e-4 sum to 0.4 to 0.8; to within a factor of two.
+        magnitude=(
+            AtLeast(Of(arm, "onset/onset_lr_sum"), plus=0.2),
+            AtMost(Of(arm, "onset/onset_lr_sum"), plus=1.6),
+        ),
+    )
+
+
+EMERGENCE = Finding(
+    name="emergence",
+    title="When and where sinks emerge",
+    claim=(
+        "Sinks aren't there from the start: they emerge after some optimisation, between 1k and 2k "
+        "of 20k steps (about 7 % of heads at 5k, 18 % at the end), and in later layers: layers 0 "
+        "and 1 never sink."
+    ),
+    source="arXiv 2410.10781, Fig. 4 and 28; 2606.02378 for layers; one seed each",
+    setting=(
+        "the baseline without a BOS, as in the paper, and with a pinned BOS; onset: the first "
+        "record from which the excess mass stays at or above half of its final value and more than "
+        "two heads stay above 0.3 (train/onset.py), with its distance to the record before and a "
+        "95 % interval over heads"
+    ),
+    aggregation=f"{RATE}; curves by step: the rows trained on, their first 64 queries",
+    arms=(
+        Arm("causal", ("packing=causal",), {"natural/rate_030": 0.1818}),
+        Arm("pinned", ("packing=causal_pinned_bos",)),
+    ),
+    columns=(
+        Column("natural/excess", "excess mass, T = 64"),
+        Column("natural/rate_030", "rate, eps 0.3", percent=True),
+        Column("onset/onset_step", "onset, step"),
+        Column("onset/spacing_step", "records apart, steps"),
+        Column("onset/onset_lr_sum", "onset, summed rate"),
+        Column("onset/sink_heads", "heads past their onset"),
+        Column("onset/censored_draws", "draws without onset", percent=True),
+    ),
+    claims=(
+        emerges("causal"),
+        emerges("pinned"),
+        *(
+            Claim(
+                says=f"{arm}: layers 0 and 1 never sink",
+                # A run without a sink would say nothing about its layers.
+                direction=(
+                    AtMost(Of(arm, "onset/censored")),
+                    AtMost(Of(arm, "onset/heads_of_layers_0_1")),
+                ),
+            )
+            for arm in ("causal", "pinned")
+        ),
+    ),
+    panels=(
+        Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
+        Panel("points", ("onset/onset_step",), "Onset of every seed", "step"),
+        Panel("layers", ("excess",), "pinned, by layer", "excess mass of the first key", "pinned"),
+    ),
+    experiment="gu60m",
+    unknown=("the paper's text says cosine; its released configurations keep the rate constant",),
+)

@@ -1,0 +1,146 @@
+"""Packing, mask and BOS decide where the sink is (arXiv 2504.02732, Table 2)."""
+
+from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Near, Of, Panel
+
+TEXT, BOS = "text/excess", "bos_text/excess"
+
+ARMS = (
+    Arm("causal", ("packing=causal",), {"bos_text/rate_030": 0.6510, "text/rate_030": 0.6515}),
+    Arm("causal_document_bos", ("packing=causal_document_bos",)),
+    Arm(
+        "causal_pinned_bos",
+        ("packing=causal_pinned_bos",),
+        {"bos_text/rate_030": 0.9084, "text/rate_030": 0.0005},
+    ),
+    Arm("document", ("packing=document",), {"text/rate_030": 0.2823}),
+    Arm(
+        "document_document_bos",
+        ("packing=document_document_bos",),
+        {"bos_text/rate_030": 0.8333, "text/rate_030": 0.5024},
+    ),
+    Arm(
+        "document_pinned_bos",
+        ("packing=document_pinned_bos",),
+        {"bos_text/rate_030": 0.9056, "text/rate_030": 0.0},
+    ),
+    # A document mask also hides keys: the same number of them without it,
+    Arm("causal_fewer_keys", ("packing=causal",), context_of="document"),
+    # and both masks where most rows lie in one document, so that it hides few.
+    Arm("causal_long", ("packing=causal", "corpus.min_document_tokens=1024")),
+    Arm("document_long", ("packing=document", "corpus.min_document_tokens=1024")),
+)
+
+
+def collapse(arm: str, paper: str) -> Claim:
+    """A model that was trained with a pinned BOS without it."""
+    return Claim(
+        says=f"{arm}: without its BOS the sink is gone and the loss rises ({paper})",
+        direction=(
+            AtMost(Of(arm, TEXT), Of(arm, BOS), strict=True),
+            AtLeast(Of(arm, "text/loss"), Of(arm, "bos_text/loss"), strict=True),
+        ),
+        magnitude=(AtMost(Of(arm, TEXT), Of(arm, BOS), times=0.25),),
+        effect=(Of(arm, BOS), Of(arm, TEXT)),
+        paper_effect=0.9079 if arm == "causal_pinned_bos" else 0.9056,
+    )
+
+
+def masked(unmasked: str, document: str, what: str) -> Claim:
+    """The document mask without a BOS against the causal one."""
+    return Claim(
+        says=f"the document mask alone lowers the sink{what} (65.15 -> 28.23 %)",
+        direction=(AtLeast(Of(unmasked, TEXT), Of(document, TEXT), strict=True),),
+        effect=(Of(unmasked, TEXT), Of(document, TEXT)),
+        paper_effect=0.3692,
+    )
+
+
+PACKING = Finding(
+    name="packing",
+    title="Packing, mask and BOS",
+    claim=(
+        "A BOS pinned at position 0 in training becomes the sink, and a model without it then has "
+        "none and a much larger loss; a model that never saw a fixed BOS doesn't care; documents "
+        "masked from each other have sinks at their own starts."
+    ),
+    source="arXiv 2504.02732, Table 2; one seed",
+    setting=(
+        "six packings of the same documents in the same order, evaluated on the same text with a "
+        "BOS in front (bos_text) and without (text); controls for how many keys a query sees. "
+        "Models trained without a BOS don't know the one of bos_text; the text of the arms with "
+        "long documents alone is of long documents too"
+    ),
+    aggregation=f"ours {RATE}; the paper's eps and aggregation for Table 2 aren't visible",
+    arms=ARMS,
+    columns=(
+        Column("bos_text/excess", "excess, BOS + text"),
+        Column("text/excess", "excess, text"),
+        Column("bos_text/rate_030", "rate, BOS + text", percent=True),
+        Column("text/rate_030", "rate, text", percent=True),
+        Column("bos_text/loss", "loss, BOS + text"),
+        Column("text/loss", "loss, text"),
+        Column("documents/start_rate_030", "rate at document starts", percent=True),
+        Column("documents/inner_rate_030", "rate at offsets 8-63", percent=True),
+        Column("mean_keys", "keys a query sees"),
+        Column("passes", "passes"),
+    ),
+    claims=(
+        Claim(
+            says="with its BOS the pinned model sinks more than an unpinned one (90.84 against "
+            "65.10 %)",
+            direction=(
+                AtLeast(Of("causal_pinned_bos", BOS), Of("causal", BOS), every=True, strict=True),
+            ),
+            magnitude=(
+                AtLeast(
+                    Of("causal_pinned_bos", "bos_text/rate_030"),
+                    Of("causal", "bos_text/rate_030"),
+                    times=1.39,
+                ),
+            ),
+            effect=(Of("causal_pinned_bos", BOS), Of("causal", BOS)),
+            paper_effect=0.2574,
+        ),
+        collapse("causal_pinned_bos", "90.84 -> 0.05 %, loss 2.69 -> 7.56"),
+        collapse("document_pinned_bos", "90.56 -> 0.00 %, loss 2.67 -> 7.78"),
+        Claim(
+            says="an unpinned model doesn't care whether a BOS is there (loss 2.69 and 2.70)",
+            direction=(Near(Of("causal", "text/loss"), Of("causal", "bos_text/loss"), plus=0.05),),
+        ),
+        Claim(
+            says="document_document_bos has its sinks at document starts",
+            direction=(
+                AtLeast(
+                    Of("document_document_bos", "documents/start_rate_030"),
+                    Of("document_document_bos", "documents/inner_rate_030"),
+                    strict=True,
+                ),
+            ),
+            magnitude=(
+                AtLeast(
+                    Of("document_document_bos", "documents/start_rate_030"),
+                    Of("document_document_bos", "documents/inner_rate_030"),
+                    times=3.0,
+                ),
+            ),
+        ),
+        masked("causal", "document", ""),
+        masked("causal_fewer_keys", "document", ", with as few keys under both masks"),
+        masked("causal_long", "document_long", ", on documents of 1024 tokens or more"),
+    ),
+    panels=(
+        Panel(
+            "points",
+            ("bos_text/excess", "text/excess"),
+            "First key, 64-token prompts",
+            "excess mass, T = 64",
+        ),
+        Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
+    ),
+    experiment="barbero120m",
+    unknown=(
+        "width, depth, heads, learning rate, batch and data of the 120M model",
+        "eps of Table 2, and whether EOS was used",
+        "whether the first two rows are one model or two",
+    ),
+)
