@@ -94,7 +94,7 @@ def make(plan: Planned, places: Places, signals: StopSignals) -> Record:
     config, settings = plan.compose((*places.extra, f"run_dir='{folder}'", "resume=true"))
     began = time.perf_counter()
     # A compiler that remembers the models of all runs before gives up on compiling.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     experiment = next(o.partition("=")[2] for o in plan.preset if o.startswith("experiment="))
     run(
         config,
