@@ -102,20 +102,11 @@ class TurnTaking(L.Callback):
         # Gradients are zeroed before a step's first backward pass only.
         first = self.split is not None and self.split.last == "forward"
         self._mark("optimizer" if first else "forward")
+        if self.losses:
+            self.losses[-1] += loss.detach()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self._mark("backward")
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-    ) -> None:
-        if self.losses:
-            self.losses[-1] += outputs["loss"].detach()
 
     def _mark(self, part: str) -> None:
         if self.split is not None:

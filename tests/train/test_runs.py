@@ -139,16 +139,23 @@ def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
     assert before == {name: (folders[name] / "metrics.csv").stat() for name in finished}
 
 
+def check_resumed(train, tmp_path: Path, half: int, same: tuple[str, ...]) -> Path:
+    """``half`` steps and as many resumed leave what all of them at once do; returns the folder."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    steps = f"trainer.max_steps={2 * half}"
+    assert train(*same, steps, run_dir=straight) == 0
+    assert train(*same, f"trainer.max_steps={half}", run_dir=resumed) == 0
+    assert train(*same, steps, "resume=true", run_dir=resumed) == 0
+    assert_same_weights(weights(straight, 2 * half), weights(resumed, 2 * half))
+    pd.testing.assert_frame_equal(metrics(straight), metrics(resumed), check_exact=True)
+    pd.testing.assert_frame_equal(sinks(straight), sinks(resumed), check_exact=True)
+    return resumed
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, tmp_path, workers):
     same = (*LONGER, "tracking.sinks_every=5", f"trainer.num_workers={workers}")
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(*same, "trainer.max_steps=20", run_dir=straight) == 0
-    assert train(*same, "trainer.max_steps=10", run_dir=resumed) == 0
-    assert train(*same, "trainer.max_steps=20", "resume=true", run_dir=resumed) == 0
-    assert_same_weights(weights(straight, 20), weights(resumed, 20))
-    pd.testing.assert_frame_equal(metrics(straight), metrics(resumed), check_exact=True)
-    pd.testing.assert_frame_equal(sinks(straight), sinks(resumed), check_exact=True)
+    resumed = check_resumed(train, tmp_path, 10, same)
     starts = json.loads((resumed / "provenance.json").read_text())["starts"]
     assert len(starts) == 2
 
@@ -193,13 +200,7 @@ def test_nothing_waits_for_the_gpu_between_log_steps(cache_dir, tmp_path, packin
 def test_a_resumed_run_on_a_gpu_is_the_uninterrupted_one_bit_for_bit(train, tmp_path):
     """In bf16, compiled, with the kernels of the card."""
     same = (*LONGER, "trainer.accelerator=gpu", "packing=document_pinned_bos")
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(*same, "trainer.max_steps=40", run_dir=straight) == 0
-    assert train(*same, "trainer.max_steps=20", run_dir=resumed) == 0
-    assert train(*same, "trainer.max_steps=40", "resume=true", run_dir=resumed) == 0
-    assert_same_weights(weights(straight, 40), weights(resumed, 40))
-    pd.testing.assert_frame_equal(metrics(straight), metrics(resumed), check_exact=True)
-    pd.testing.assert_frame_equal(sinks(straight), sinks(resumed), check_exact=True)
+    check_resumed(train, tmp_path, 20, same)
 
 
 @pytest.mark.slow

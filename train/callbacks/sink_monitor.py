@@ -9,6 +9,7 @@ import pandas as pd
 
 from data.files import write_atomically
 from models.batch import PackedBatch
+from train.callbacks.step_callback import StepCallback
 from train.metrics import SinkSums, SinkTotals
 from train.module import PretrainModule
 from train.ranks import is_first, summed
@@ -20,7 +21,7 @@ FLUSH_RECORDS = 50
 """Records kept in memory before they are written as a part of their own."""
 
 
-class SinkMonitor(L.Callback):
+class SinkMonitor(StepCallback):
     """Sums the sink statistics over every row trained on and records them.
 
     After each micro-batch the statistics are reduced to small sums by layer and head on the device
@@ -43,13 +44,8 @@ class SinkMonitor(L.Callback):
         for kind, sums in self.totals.sums.items():
             self.totals.sums[kind] = sums.map(lambda value: share * value.to(pl_module.device))
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: PretrainModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
+    def after_micro_batch(
+        self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch
     ) -> None:
         statistics = [
             record.statistics._replace(key_mass_BHS=tap.grad)

@@ -1,4 +1,4 @@
-"""The base of callbacks that act once a step, however many micro-batches it has."""
+"""The base of callbacks that act after micro-batches, or once a step however many it has."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from train.module import PretrainModule
 
 
 class StepCallback(L.Callback):
-    """Calls ``after_step`` after the update, with the step's last micro-batch."""
+    """Calls ``after_micro_batch`` after each, and ``after_step`` once the update is made too, with
+    the step's last micro-batch. A subclass overrides what it needs.
+    """
 
     def on_train_batch_end(
         self,
@@ -19,9 +21,14 @@ class StepCallback(L.Callback):
         batch: PackedBatch,
         batch_idx: int,
     ) -> None:
+        self.after_micro_batch(trainer, pl_module, batch)
         if pl_module.finished_step:
             self.after_step(trainer, pl_module, batch)
 
+    def after_micro_batch(
+        self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch
+    ) -> None:
+        """Called while the micro-batch's gradients and statistics are still there."""
+
     def after_step(self, trainer: L.Trainer, pl_module: PretrainModule, batch: PackedBatch) -> None:
-        """What the callback does; ``trainer.global_step`` counts the finished step."""
-        raise NotImplementedError
+        """Called when ``trainer.global_step`` counts the finished step."""
