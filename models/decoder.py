@@ -28,6 +28,7 @@ from kernels.masks import IntervalMask
 from models.attention import ATTENTIONS, AttentionConfig, LayerInputs, attention_name
 from models.batch import PackedBatch
 from models.decoder_config import DecoderConfig, NormPlace
+from models.embedding import TokenEmbedding
 from models.feed_forwards import FEED_FORWARDS
 from models.initialization import INITIALIZATIONS
 from models.norms import NORMS, at_least_fp32
@@ -40,16 +41,23 @@ class LayerRecord(NamedTuple):
 
     statistics: sums over the attention (None where statistics are off).
     hidden_norm_BT: l2 norm of the residual stream after the block (None where they are off).
-    value_norm_BTG: l2 norm of each value vector (None where they are off).
+    value_BTGE: the values, in the compute dtype (None where they are off).
     probabilities_BHTS: the attention matrix, of layers with an override only.
 
-    Tensors are fp32, or fp64 for an fp64 model.
+    Other tensors are fp32, or fp64 for an fp64 model.
     """
 
     statistics: Statistics | None
     hidden_norm_BT: Tensor | None
-    value_norm_BTG: Tensor | None
+    value_BTGE: Tensor | None
     probabilities_BHTS: Tensor | None
+
+    @property
+    def value_norm_BTG(self) -> Tensor | None:
+        """l2 norm of each value vector, computed when asked for: few steps of training do."""
+        if self.value_BTGE is None:
+            return None
+        return torch.linalg.vector_norm(at_least_fp32(self.value_BTGE), dim=-1)
 
 
 class DecoderOutput(NamedTuple):
@@ -106,7 +114,7 @@ class Block(nn.Module):
         return x_BTC, LayerRecord(
             statistics=attended.statistics,
             hidden_norm_BT=hidden_norm_BT,
-            value_norm_BTG=attended.value_norm_BTG,
+            value_BTGE=attended.value_BTGE,
             probabilities_BHTS=attended.probabilities_BHTS,
         )
 
@@ -145,7 +153,7 @@ class Decoder(nn.Module):
         self.attention_config = attention
         self.vocab_size = vocab_size
         padded_size = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
-        self.embedding = nn.Embedding(padded_size, config.d_model)
+        self.embedding = TokenEmbedding(padded_size, config.d_model)
         self.position = POSITIONS[config.position](config)
         kind = ATTENTIONS[attention_name(attention)]
         require(

@@ -1,6 +1,6 @@
 """Feed-forward layers: one class and one line in ``FEED_FORWARDS`` each.
 
-Axes: B rows, T positions, C width of the residual stream, F inner width.
+Axes: B rows, T positions, C width of the residual stream, F inner width, P = 2 F.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels.swiglu import swiglu
 
 
 class FeedForward(nn.Module):
@@ -40,8 +42,12 @@ class GatedFeedForward(FeedForward):
 
     def inner(self, x_BTC: Tensor) -> Tensor:
         # One product: its backward pass makes one gradient of x, not two to be added.
-        weight_FC = torch.cat([self.gate.weight, self.up.weight])
-        gate_BTF, up_BTF = F.linear(x_BTC, weight_FC).chunk(2, dim=-1)
+        weight_PC = torch.cat([self.gate.weight, self.up.weight])
+        return self.gated(F.linear(x_BTC, weight_PC))
+
+    def gated(self, x_BTP: Tensor) -> Tensor:
+        """a(gate) * up of both products side by side."""
+        gate_BTF, up_BTF = x_BTP.chunk(2, dim=-1)
         return self.activation(gate_BTF) * up_BTF
 
 
@@ -79,6 +85,7 @@ class SwiGLU(GatedFeedForward):
     """Gated by Swish."""
 
     activation = staticmethod(F.silu)
+    gated = staticmethod(swiglu)
 
 
 class SquaredReLU(FeedForward):

@@ -97,15 +97,25 @@ class SinkTotals:
             )
         for name, total in vars(self.sums[kind]).items():
             # Not total[indices]: a list goes to the device as a tensor, which waits for it.
-            for index, value in zip(indices, getattr(part, name), strict=True):
-                total[index] += value
+            value = getattr(part, name)
+            if len(indices) == self.num_layers:
+                total += value
+            else:
+                for index, of_layer in zip(indices, value, strict=True):
+                    total[index] += of_layer
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> "SinkTotals":
-        """Totals over all ranks, on the CPU."""
-        return SinkTotals(
-            self.num_layers,
-            {kind: sums.map(lambda v: all_reduce(v).cpu()) for kind, sums in self.sums.items()},
-        )
+        """Totals over all ranks, on the CPU; the device is waited for once."""
+        tensors = [value for sums in self.sums.values() for value in vars(sums).values()]
+        if not tensors:
+            return SinkTotals(self.num_layers)
+        flat = all_reduce(torch.cat([value.flatten() for value in tensors])).cpu()
+        parts = iter(flat.split([value.numel() for value in tensors]))
+        sums = {
+            kind: sums.map(lambda value: next(parts).view(value.shape))
+            for kind, sums in self.sums.items()
+        }
+        return SinkTotals(self.num_layers, sums)
 
 
 def _merge_heads(statistics: list[Statistics]) -> Statistics:

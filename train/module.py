@@ -126,6 +126,8 @@ class PretrainModule(L.LightningModule):
         self.key_mass_taps = self.decoder.key_mass_taps(batch) if tracked else []
         # Looked up now: FSDP puts a method of its own in the decoder's place for it.
         loss_of = self._compiled_loss or self.decoder.loss
+        # The values of the micro-batch before needn't stay while these are made.
+        self.layers = ()
         loss, self.layers = loss_of(
             batch, statistics=self.statistics, key_mass_taps=self.key_mass_taps or None
         )

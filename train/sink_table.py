@@ -85,16 +85,25 @@ def sink_table(totals: SinkTotals, alpha_kind: str) -> pd.DataFrame:
     """One line a (layer, head, key): key kind, position (-1 but for positions), count of samples,
     mean alpha and baseline, the number of samples above each threshold, and ``alpha_kind``: whether
     alpha is a probability or a proxy."""
+    return sink_tables([totals], alpha_kind).drop(columns="record")
+
+
+def sink_tables(records: list[SinkTotals], alpha_kind: str) -> pd.DataFrame:
+    """The lines of ``sink_table`` for each of a run's records, whose index is in ``record``."""
     tables = []
-    for kind, sums in totals.sums.items():
+    for kind in records[0].sums:
         count, alpha, baseline, over = (
-            value if kind == "position" else value.unsqueeze(2)
-            for value in (sums.count, sums.alpha, sums.baseline, sums.over)
+            value if kind == "position" else value.unsqueeze(3)
+            for value in (
+                torch.stack([getattr(totals.sums[kind], name) for totals in records])
+                for name in ("count", "alpha", "baseline", "over")
+            )
         )
-        layer, head, place = torch.meshgrid(
+        record, layer, head, place = torch.meshgrid(
             *(torch.arange(size) for size in count.shape), indexing="ij"
         )
         columns = {
+            "record": record.flatten().numpy(),
             "layer": layer.flatten().to(torch.int16).numpy(),
             "head": head.flatten().to(torch.int16).numpy(),
             "key": kind,
@@ -112,7 +121,7 @@ def sink_table(totals: SinkTotals, alpha_kind: str) -> pd.DataFrame:
         columns["alpha_kind"] = alpha_kind
         table = pd.DataFrame(columns)
         tables.append(table[table["count"] > 0])
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables).sort_values("record", kind="stable", ignore_index=True)
 
 
 def sink_values(totals: SinkTotals, prefixes: dict[str, str] = VALUE_PREFIXES) -> pd.DataFrame:

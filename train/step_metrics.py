@@ -31,11 +31,11 @@ ORDINARY_OFFSET = 8
 
 
 class StepPart(NamedTuple):
-    """One micro-batch of a step: statistics, masks and records by layer, and the batch."""
+    """One micro-batch of a step: statistics, masks and norms by layer, and the batch."""
 
     statistics: list[Statistics]
     masks: list[IntervalMask]
-    layers: tuple[LayerRecord, ...]
+    norms: list[dict[str, Tensor]]
     batch: PackedBatch
 
 
@@ -71,7 +71,10 @@ def norm_ratios(parts: list[StepPart]) -> dict[str, float]:
     Kinds without a first or an ordinary token in the step are left out.
     """
     chosen = [_first_and_ordinary(part.batch) for part in parts]
-    layers = [_norms([part.layers[i] for part in parts]) for i in range(len(parts[0].layers))]
+    layers = [
+        {name: gathered(torch.cat([norms[name] for norms in of_parts])) for name in of_parts[0]}
+        for of_parts in zip(*(part.norms for part in parts), strict=True)
+    ]
     ratios = {}
     for prefix in ("norm", "norm_first"):
         first_BT, ordinary_BT = (
@@ -87,11 +90,11 @@ def norm_ratios(parts: list[StepPart]) -> dict[str, float]:
     return dict(zip(ratios, values, strict=True))
 
 
-def _norms(records: list[LayerRecord]) -> dict[str, Tensor]:
-    """A layer's norms [B, T] of all rows of the step, by the ratio that they go into."""
+def layer_norms(record: LayerRecord) -> dict[str, Tensor]:
+    """A layer's norms [B, T] by the ratio that they go into."""
     return {
-        "massive_ratio": gathered(torch.cat([r.hidden_norm_BT for r in records])),
-        "value_ratio": gathered(torch.cat([r.value_norm_BTG.mean(-1) for r in records])),
+        "massive_ratio": record.hidden_norm_BT,
+        "value_ratio": record.value_norm_BTG.mean(-1),
     }
 
 

@@ -60,6 +60,20 @@ def why_not_triton(
     return None
 
 
+def why_no_kernel(x: Tensor) -> str | None:
+    """Why Triton can't compute with this tensor, None if it can."""
+    if not HAS_TRITON:
+        return "without the package triton"
+    if not x.is_cuda and not INTERPRETED:
+        return f"tensors on {x.device.type}"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{x.dtype}"
+    if INTERPRETED and x.dtype != torch.float32:
+        # CPUs have no product that sums these in fp32, and the interpreter gets bf16 wrong.
+        return f"{x.dtype} in Triton's interpreter"
+    return None
+
+
 def level_of(statistics: StatisticsLevel | str) -> StatisticsLevel:
     """The level by its name."""
     if isinstance(statistics, StatisticsLevel):

@@ -54,7 +54,7 @@ def linear_cross_entropy(
     fits = labels_N.shape == x_NC.shape[:1] and labels_N.dtype == torch.int64
     rule = f"must be int64 of shape [{len(x_NC)}], one a token"
     require(fits, "labels_N", rule, f"{labels_N.dtype} {list(labels_N.shape)}")
-    refusal = _why_not_triton(x_NC)
+    refusal = checks.why_no_kernel(x_NC)
     if implementation == "triton" and refusal:
         raise UserError(f"implementation triton can't run {refusal}; use reference")
     is_reference = refusal or (implementation == "auto" and not x_NC.is_cuda)
@@ -71,16 +71,3 @@ def _reference(x_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, vocab_size: in
     logits_NV = F.linear(x_NC, weight_VC.to(x_NC.dtype))[:, :vocab_size]
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_LABEL, reduction="sum")
-
-
-def _why_not_triton(x_NC: Tensor) -> str | None:
-    if not checks.HAS_TRITON:
-        return "without the package triton"
-    if not x_NC.is_cuda and not checks.INTERPRETED:
-        return f"tensors on {x_NC.device.type}"
-    if x_NC.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{x_NC.dtype}"
-    if checks.INTERPRETED and x_NC.dtype != torch.float32:
-        # CPUs have no product that sums these in fp32, and the interpreter gets bf16 wrong.
-        return f"{x_NC.dtype} in Triton's interpreter"
-    return None

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import AttentionOutput, Statistics
 from kernels.attention.api import IMPLEMENTATIONS
 from kernels.errors import require
 from kernels.masks import DenseMask, IntervalMask
-from models.norms import at_least_fp32
 from models.overrides import LayerOverride
 from models.positions import Rotation
 
@@ -83,13 +83,13 @@ class Attended(NamedTuple):
     """y_BTC, what a layer adds to the residual stream, and its measurements (no gradient).
 
     statistics: of the kernel, None where they are off.
-    value_norm_BTG: l2 norm of each value vector, fp32 or fp64; None where statistics are off.
+    value_BTGE: the values, None where statistics are off.
     probabilities_BHTS: the attention matrix, only under an override.
     """
 
     y_BTC: Tensor
     statistics: Statistics | None
-    value_norm_BTG: Tensor | None
+    value_BTGE: Tensor | None
     probabilities_BHTS: Tensor | None
 
 
@@ -122,10 +122,12 @@ class Attention(nn.Module, ABC):
 
     def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q_BTHD, k_BTGD, v_BTGE of the normed residual stream, before the position encoding."""
-        q_BTHD, k_BTGD, v_BTGE = (
-            projection(x_BTC).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.query, self.key, self.value)
-        )
+        # One product, as in gated feed-forwards.
+        projections = (self.query, self.key, self.value)
+        weight_PC = torch.cat([projection.weight for projection in projections])
+        x_BTPD = F.linear(x_BTC, weight_PC).unflatten(-1, (-1, self.head_dim))
+        heads = [self.num_heads, self.num_groups, self.num_groups]
+        q_BTHD, k_BTGD, v_BTGE = x_BTPD.split(heads, dim=2)
         return q_BTHD, k_BTGD, v_BTGE
 
     @abstractmethod
@@ -152,16 +154,11 @@ class Attention(nn.Module, ABC):
             q_BTHD, k_BTGD, v_BTGE, mask = override.inputs(q_BTHD, k_BTGD, v_BTGE, inputs.mask)
             inputs, implementation = inputs._replace(mask=mask), "reference"
         result = self.attend(q_BTHD, k_BTGD, v_BTGE, inputs, implementation)
-        value_norm_BTG = probabilities_BHTS = None
-        if inputs.statistics != "off":
-            value_norm_BTG = torch.linalg.vector_norm(at_least_fp32(v_BTGE.detach()), dim=-1)
-        if override is not None:
-            probabilities_BHTS = result.probabilities_BHTS.detach()
         return Attended(
             y_BTC=self.output(self.finish(result.out_BTHE, x_BTC).flatten(2)),
             statistics=result.statistics,
-            value_norm_BTG=value_norm_BTG,
-            probabilities_BHTS=probabilities_BHTS,
+            value_BTGE=None if inputs.statistics == "off" else v_BTGE.detach(),
+            probabilities_BHTS=None if override is None else result.probabilities_BHTS.detach(),
         )
 
     def alone(self, x_11C: Tensor) -> Tensor:

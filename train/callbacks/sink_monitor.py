@@ -2,10 +2,9 @@
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
-import pandas as pd
 
 from data.files import write_atomically
 from models.batch import PackedBatch
@@ -13,12 +12,20 @@ from train.callbacks.step_callback import StepCallback
 from train.metrics import SinkSums, SinkTotals
 from train.module import PretrainModule
 from train.ranks import is_first, summed
-from train.sink_table import sink_metrics, sink_table
-from train.step_metrics import StepPart, attention_metrics, norm_ratios
+from train.sink_table import sink_metrics, sink_tables
+from train.step_metrics import StepPart, attention_metrics, layer_norms, norm_ratios
 from train.tracking import TrackingConfig
 
 FLUSH_RECORDS = 50
 """Records kept in memory before they are written as a part of their own."""
+
+
+class Record(NamedTuple):
+    """The sums of the steps up to ``step``, on the CPU."""
+
+    step: int
+    tokens: int
+    totals: SinkTotals
 
 
 class SinkMonitor(StepCallback):
@@ -36,9 +43,11 @@ class SinkMonitor(StepCallback):
         self.folder = folder
         self.totals = SinkTotals(num_layers)
         self.parts: list[StepPart] = []
-        self.records: list[pd.DataFrame] = []
+        self.records: list[Record] = []
+        self.alpha_kind = ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
+        self.alpha_kind = pl_module.decoder.alpha_kind
         # Sums from a checkpoint come back on the CPU; they are those of all ranks.
         share = 1 if is_first() else 0
         for kind, sums in self.totals.sums.items():
@@ -57,7 +66,8 @@ class SinkMonitor(StepCallback):
         due = step % self.config.sinks_every == 0
         if not due and step != trainer.max_steps:
             return
-        self.parts.append(StepPart(statistics, masks, pl_module.layers, batch))
+        norms = [layer_norms(record) for record in pl_module.layers]
+        self.parts.append(StepPart(statistics, masks, norms, batch))
         if not pl_module.finished_step:
             return
         totals = self.totals.reduce(summed)
@@ -68,9 +78,8 @@ class SinkMonitor(StepCallback):
         pl_module.record(attention_metrics(self.parts))
         pl_module.record(norm_ratios(self.parts))
         self.parts = []
-        table = sink_table(totals, pl_module.decoder.alpha_kind)
-        if trainer.is_global_zero and len(table):
-            self.records.append(table.assign(step=step, tokens=pl_module.tokens))
+        if trainer.is_global_zero and totals.sums:
+            self.records.append(Record(step, pl_module.tokens, totals))
             if len(self.records) >= FLUSH_RECORDS:
                 self.flush()
 
@@ -78,13 +87,17 @@ class SinkMonitor(StepCallback):
         """Write the records in memory as the part that ends with the last one's step."""
         if not self.records:
             return
-        table = pd.concat(self.records, ignore_index=True)
-        columns = ["step", "tokens", *(c for c in table.columns if c not in ("step", "tokens"))]
-        content = io.BytesIO()
-        table[columns].to_parquet(content, index=False)
-        name = f"part-{table['step'].max():08d}.parquet"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / name, content.getvalue())
+        steps, tokens, totals = zip(*self.records, strict=True)
+        table = sink_tables(list(totals), self.alpha_kind)
+        record = table.pop("record")
+        table.insert(0, "step", record.map(dict(enumerate(steps))))
+        table.insert(1, "tokens", record.map(dict(enumerate(tokens))))
+        if not table.empty:
+            content = io.BytesIO()
+            table.to_parquet(content, index=False)
+            name = f"part-{table['step'].max():08d}.parquet"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / name, content.getvalue())
         self.records = []
 
     def state_dict(self) -> dict[str, Any]:
