@@ -71,19 +71,20 @@ class SinkTotals:
         begins_BT: Tensor,
         positions: int,
         min_queries: int = HORIZON,
+        sums_of: "Callable[..., dict[str, SinkSums]] | None" = None,
     ) -> None:
         """Add one batch: statistics and masks by layer; the rest as in ``layer_sums``.
 
         Layers that share a mask are reduced in one go, as if their heads were one layer's.
+        sums_of: what reduces them, ``layer_sums`` compiled; None for itself.
         """
+        sums_of = sums_of or layer_sums
         by_mask: dict[int, list[int]] = {}
         for index, mask in enumerate(masks):
             by_mask.setdefault(id(mask), []).append(index)
         for indices in by_mask.values():
             merged = _merge_heads([statistics[index] for index in indices])
-            sums = layer_sums(
-                merged, masks[indices[0]], begins_BT, positions, min_queries=min_queries
-            )
+            sums = sums_of(merged, masks[indices[0]], begins_BT, positions, min_queries=min_queries)
             for kind, part in sums.items():
                 self._add_layers(kind, indices, part)
 

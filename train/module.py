@@ -46,6 +46,7 @@ class PretrainModule(L.LightningModule):
     ):
         super().__init__()
         self.decoder = decoder
+        self.compiled = compiled
         # Rows are of one length, so nothing is to be compiled for any shape.
         self._compiled_loss = None
         if compiled is Compile.whole:

@@ -7,6 +7,7 @@ Three ways to aggregate a sink rate are in use and differ; each has its name her
     mass                no threshold: mean alpha
 """
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -54,30 +55,32 @@ def sink_metrics(
         sums = totals.sums.get(kind)
         if sums is None or not bool((sums.count > 0).any()):
             continue
-        mass_LH = sums.alpha / sums.count
-        baseline_LH = sums.baseline / sums.count
-        values_LH = {
-            "mass": mass_LH,
-            "baseline": baseline_LH,
-            "excess": mass_LH - baseline_LH,
-        }
+        count_LH, alpha_LH, baseline_LH, over_LHE = (
+            value.double().cpu().numpy()
+            for value in (sums.count, sums.alpha, sums.baseline, sums.over)
+        )
+        # A head without a sample is left out of every mean.
+        measured_LH = count_LH > 0
+        count_LH = np.maximum(count_LH, 1)
+        mass_LH, baseline_LH = alpha_LH / count_LH, baseline_LH / count_LH
+        values_LH = {"mass": mass_LH, "baseline": baseline_LH, "excess": mass_LH - baseline_LH}
         for eps in thresholds:
             name = f"rate_{threshold_name(eps)}"
-            values_LH[name] = sums.over[..., THRESHOLDS.index(eps)] / sums.count
-            of_means_LH = (mass_LH > eps).to(mass_LH.dtype)
-            values_LH[f"{name}_of_means"] = torch.where(mass_LH.isnan(), mass_LH, of_means_LH)
-        # 0 / 0, where a head has no sample, is left out of every mean.
+            values_LH[name] = over_LHE[..., THRESHOLDS.index(eps)] / count_LH
+            values_LH[f"{name}_of_means"] = mass_LH > eps
         for name, value_LH in values_LH.items():
-            metrics[f"{prefix}/{name}"] = value_LH.nanmean().item()
+            metrics[f"{prefix}/{name}"] = float(value_LH[measured_LH].mean())
+        later_LH = measured_LH & (np.arange(len(measured_LH)) >= LATER_LAYERS)[:, None]
         for eps in thresholds:
-            rate_LH = values_LH[f"rate_{threshold_name(eps)}"][LATER_LAYERS:]
-            if rate_LH.isfinite().any():
-                key = f"{prefix}/rate_{threshold_name(eps)}_from_layer_{LATER_LAYERS}"
-                metrics[key] = rate_LH.nanmean().item()
+            if later_LH.any():
+                name = f"rate_{threshold_name(eps)}"
+                key = f"{prefix}/{name}_from_layer_{LATER_LAYERS}"
+                metrics[key] = float(values_LH[name][later_LH].mean())
         for name in ("mass", "excess", "rate_030"):
-            for layer, value_H in enumerate(values_LH[name]):
-                if value_H.isfinite().any():
-                    metrics[f"{prefix}/{name}/layer_{layer:02d}"] = value_H.nanmean().item()
+            for layer, measured_H in enumerate(measured_LH):
+                if measured_H.any():
+                    mean = float(values_LH[name][layer, measured_H].mean())
+                    metrics[f"{prefix}/{name}/layer_{layer:02d}"] = mean
     return metrics
 
 

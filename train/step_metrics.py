@@ -31,11 +31,11 @@ ORDINARY_OFFSET = 8
 
 
 class StepPart(NamedTuple):
-    """One micro-batch of a step: statistics, masks and norms by layer, and the batch."""
+    """One micro-batch of a step: statistics and masks by layer, ``step_norms``, the batch."""
 
     statistics: list[Statistics]
     masks: list[IntervalMask]
-    norms: list[dict[str, Tensor]]
+    norms: dict[str, Tensor]
     batch: PackedBatch
 
 
@@ -71,30 +71,37 @@ def norm_ratios(parts: list[StepPart]) -> dict[str, float]:
     Kinds without a first or an ordinary token in the step are left out.
     """
     chosen = [_first_and_ordinary(part.batch) for part in parts]
-    layers = [
-        {name: gathered(torch.cat([norms[name] for norms in of_parts])) for name in of_parts[0]}
-        for of_parts in zip(*(part.norms for part in parts), strict=True)
-    ]
-    ratios = {}
+    norms = {
+        name: gathered(torch.cat([part.norms[name] for part in parts])).flatten(0, 1)
+        for name in parts[0].norms
+    }
+    ratios_L = {}
     for prefix in ("norm", "norm_first"):
-        first_BT, ordinary_BT = (
-            gathered(torch.cat([c[prefix][i] for c in chosen])) for i in (0, 1)
+        first_X, ordinary_X = (
+            gathered(torch.cat([kinds[prefix][i] for kinds in chosen])).flatten().nonzero()[:, 0]
+            for i in (0, 1)
         )
-        if not bool(first_BT.any() & ordinary_BT.any()):
-            continue
-        for layer, norms in enumerate(layers):
-            for name, norm_BT in norms.items():
-                ratio = norm_BT[first_BT].mean() / norm_BT[ordinary_BT].median()
-                ratios[f"{prefix}/{name}/layer_{layer:02d}"] = ratio
-    values = torch.stack(list(ratios.values())).tolist() if ratios else []
-    return dict(zip(ratios, values, strict=True))
-
-
-def layer_norms(record: LayerRecord) -> dict[str, Tensor]:
-    """A layer's norms [B, T] by the ratio that they go into."""
+        if len(first_X) and len(ordinary_X):
+            for name, norm_XL in norms.items():
+                ordinary_L = _median(norm_XL[ordinary_X])
+                ratios_L[f"{prefix}/{name}"] = norm_XL[first_X].mean(0) / ordinary_L
     return {
-        "massive_ratio": record.hidden_norm_BT,
-        "value_ratio": record.value_norm_BTG.mean(-1),
+        f"{name}/layer_{layer:02d}": ratio
+        for name, ratio_L in ratios_L.items()
+        for layer, ratio in enumerate(ratio_L.tolist())
+    }
+
+
+def _median(value_XL: Tensor) -> Tensor:
+    """The lower median over X. By sorting: a median along an axis isn't deterministic on GPUs."""
+    return value_XL.T.sort(dim=-1).values[:, (len(value_XL) - 1) // 2]
+
+
+def step_norms(layers: tuple[LayerRecord, ...]) -> dict[str, Tensor]:
+    """Norms [B, T, L] by the ratio that they go into."""
+    return {
+        "massive_ratio": torch.stack([layer.hidden_norm_BT for layer in layers], dim=-1),
+        "value_ratio": torch.stack([layer.value_norm_BTG.mean(-1) for layer in layers], dim=-1),
     }
 
 

@@ -210,3 +210,18 @@ def test_metrics_and_table_name_the_three_aggregations():
     assert table["over_030"].tolist() == [1, 2]
     assert set(table["alpha_kind"]) == {"probability"}
     assert math.isclose(table["alpha"][0], 0.45, rel_tol=1e-6)
+
+
+def test_sums_compile_without_a_graph_break():
+    """For a causal mask and one of documents, each with its own program."""
+    document_BT, begins_BT = documents(70, 10, 80)
+    compiled = torch.compile(layer_sums, fullgraph=True, backend="eager", dynamic=False)
+    for mask in (IntervalMask.causal(1, 160), IntervalMask.from_documents(document_BT)):
+        q_BTHD = torch.randn(1, 160, 3, 8)
+        statistics = sink_attention(q_BTHD, q_BTHD, q_BTHD, mask).statistics
+        wanted = layer_sums(statistics, mask, begins_BT, 4)
+        found = compiled(statistics, mask, begins_BT, 4)
+        assert list(found) == list(wanted) == ["first", "first_row", "document", "position"]
+        for kind, sums in wanted.items():
+            for name, value in vars(sums).items():
+                torch.testing.assert_close(vars(found[kind])[name], value)

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 
 from data.files import write_atomically
 from models.batch import PackedBatch
 from train.callbacks.step_callback import StepCallback
-from train.metrics import SinkSums, SinkTotals
+from train.config import Compile
+from train.metrics import SinkSums, SinkTotals, layer_sums
 from train.module import PretrainModule
 from train.ranks import is_first, summed
 from train.sink_table import sink_metrics, sink_tables
-from train.step_metrics import StepPart, attention_metrics, layer_norms, norm_ratios
+from train.step_metrics import StepPart, attention_metrics, norm_ratios, step_norms
 from train.tracking import TrackingConfig
 
 FLUSH_RECORDS = 50
@@ -45,9 +47,13 @@ class SinkMonitor(StepCallback):
         self.parts: list[StepPart] = []
         self.records: list[Record] = []
         self.alpha_kind = ""
+        self.sums_of = layer_sums
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.alpha_kind = pl_module.decoder.alpha_kind
+        if pl_module.compiled is not Compile.nothing and pl_module.device.type == "cuda":
+            # Two hundred small kernels a micro-batch otherwise, 2 % of a step.
+            self.sums_of = torch.compile(layer_sums, dynamic=False)
         # Sums from a checkpoint come back on the CPU; they are those of all ranks.
         share = 1 if is_first() else 0
         for kind, sums in self.totals.sums.items():
@@ -61,13 +67,13 @@ class SinkMonitor(StepCallback):
             for record, tap in zip(pl_module.layers, pl_module.key_mass_taps, strict=True)
         ]
         masks = pl_module.decoder.layer_masks(batch.mask)
-        self.totals.add(statistics, masks, batch.begins_BT, self.config.positions)
+        positions = self.config.positions
+        self.totals.add(statistics, masks, batch.begins_BT, positions, sums_of=self.sums_of)
         step = trainer.global_step + (not pl_module.finished_step)
         due = step % self.config.sinks_every == 0
         if not due and step != trainer.max_steps:
             return
-        norms = [layer_norms(record) for record in pl_module.layers]
-        self.parts.append(StepPart(statistics, masks, norms, batch))
+        self.parts.append(StepPart(statistics, masks, step_norms(pl_module.layers), batch))
         if not pl_module.finished_step:
             return
         totals = self.totals.reduce(summed)
