@@ -124,12 +124,12 @@ def test_an_order_that_still_changes_is_still_rising(tmp_path):
         "causal": {"bos_text/excess": behind},
     }
     store_made(tmp_path, PACKING, COLLAPSED, curves)
-    told = judged(tmp_path, "with its BOS")
+    told = judged(tmp_path, "more than causal,")
     assert told[:3] == (Verdict.rising,) * 3 and "1,750" in told.reason
     # A change before the last third is over.
     early = [0.1] * 6 + [-0.1] * 5
     store_made(tmp_path, PACKING, COLLAPSED, curves | {"causal": {"bos_text/excess": early}})
-    assert judged(tmp_path, "with its BOS").verdict is Verdict.holds
+    assert judged(tmp_path, "more than causal,").verdict is Verdict.holds
     pair = (Of("causal", "no/curve"), Of("causal_pinned_bos", "bos_text/excess"))
     assert unstable_from(pair, stored_results(PACKING, MINUTES, tmp_path)) is None
     assert STEPS[7] == 1750
@@ -174,7 +174,7 @@ def test_what_cannot_be_decided_is_not(tmp_path):
     told = judged(tmp_path, "little", finding=finding)
     assert told.verdict is Verdict.undecided and "200M" in told.reason
     store_made(tmp_path, PACKING, COLLAPSED, budget="cpu")
-    told = judged(tmp_path, "with its BOS", budget=BUDGETS["cpu"])
+    told = judged(tmp_path, "more than causal,", budget=BUDGETS["cpu"])
     assert told.verdict is Verdict.undecided and "machinery" in told.reason
 
 

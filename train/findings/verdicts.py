@@ -73,6 +73,14 @@ def noise_of(results: Results) -> Noise:
     return noise
 
 
+def noise_like(measure: str, noise: Noise) -> tuple[float, int] | None:
+    """Of the baseline's measure of that name; prompts that are written into have those of ``text``,
+    into which the noise finding writes nothing. None if it has none."""
+    if measure not in noise:
+        measure = measure.replace("written/", "text/", 1)
+    return noise.get(measure)
+
+
 def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
     """The verdicts of a claim; the same for the same records."""
     counts = [set(results.records.get(arm, {})) for arm in claim.arms]
@@ -115,7 +123,7 @@ def effect_of(pair: tuple[Of, Of], results: Results, noise: Noise) -> tuple[floa
     """The difference of the means, and the smallest that the noise can tell."""
     left, right = (results.known(side) for side in pair)
     spreads = [results.spread(side) for side in pair]
-    spreads += [noise.get(side.measure) for side in pair]
+    spreads += [noise_like(side.measure, noise) for side in pair]
     sd, count = max(filter(None, spreads))
     degrees = max(count - 1, len(left) + len(right) - 2)
     return float(np.mean(left) - np.mean(right)), smallest_effect(
