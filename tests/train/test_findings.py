@@ -150,7 +150,7 @@ def test_a_censored_run_has_no_emergence_and_says_nothing_of_layers(tmp_path):
     finding = FINDINGS["emergence"]
     store_made(tmp_path, finding, {"pinned": {"onset/censored": 1, "onset/onset_step": np.nan}})
     for says in ("pinned: a sink", "pinned: layers"):
-        assert judged(tmp_path, says, finding=finding).direction is not Verdict.holds
+        assert judged(tmp_path, says, finding=finding).verdict is Verdict.undecided
     assert judged(tmp_path, "causal: a sink", finding=finding).verdict is Verdict.holds
     assert judged(tmp_path, "causal: layers", finding=finding).verdict is Verdict.holds
 
@@ -166,6 +166,32 @@ def test_the_proxy_is_believed_only_if_the_norms_agree(tmp_path, values, expecte
     finding = FINDINGS["attention_ops"]
     store_made(tmp_path, finding, {"sigmoid": values | {"text/value_ratio": 0.9}})
     assert judged(tmp_path, "and the norms agree", finding=finding).verdict == expected
+
+
+def test_the_order_of_written_positions_is_that_of_training_rows(tmp_path):
+    finding = FINDINGS["fixed_token"]
+    values = {"written/rate_030_at_1": 0.6, "written/rate_030_beside_1": 0.0}
+    curves = {"rows/mass_at_1": [0.0] * 9 + [0.5] * 2, "rows/mass_beside_1": [0.1] * 11}
+    store_made(tmp_path, finding, {"fixed_2": values}, {"fixed_2": curves})
+    told = judged(tmp_path, "fixed at position 2", finding=finding)
+    assert told.verdict is Verdict.rising and "2,000" in told.reason
+    store_made(tmp_path, finding, {"fixed_2": values})
+    assert judged(tmp_path, "fixed at position 2", finding=finding).verdict is Verdict.holds
+    # The noise finding writes nothing: its prompts of text stand for these.
+    noise = {"text/rate_030_at_1": (0.3, 8)}
+    told = judged(tmp_path, "fixed at position 2", finding=finding, noise=noise)
+    assert told.verdict is Verdict.undecided
+
+
+def test_the_pinned_model_is_held_against_every_unpinned_one(tmp_path):
+    """Also against the model that doesn't know the BOS, on prompts without it."""
+    store_made(tmp_path, PACKING, changed("causal", text_in_excess=0.3))
+    assert judged(tmp_path, "more than causal,").verdict is Verdict.fails
+    assert judged(tmp_path, "more than causal_document_bos").verdict is Verdict.holds
+    store_made(tmp_path, PACKING, changed("causal_document_bos", bos_text_in_excess=0.3))
+    assert judged(tmp_path, "more than causal_document_bos").verdict is Verdict.fails
+    store_made(tmp_path, PACKING, changed("causal_document_bos", text_in_loss=3.2))
+    assert judged(tmp_path, "causal_document_bos doesn't care").verdict is Verdict.fails
 
 
 def test_what_cannot_be_decided_is_not(tmp_path):
