@@ -245,6 +245,17 @@ def test_noise_is_the_larger_spread_of_the_baselines(tmp_path):
         path.write_bytes(replace(record, values=values).to_json())
     sd, count = stored_noise(MINUTES, tmp_path)["natural/excess"]
     assert (sd, count) == (pytest.approx(0.1 * np.std(range(8), ddof=1)), 8)
+    # With its BOS alone, once it is known that the model was trained with one.
+    assert {"text/mass", "bos_text/mass"} <= set(stored_noise(MINUTES, tmp_path))
+    results = stored_results(finding, MINUTES, tmp_path)
+    for arm, with_bos in (("causal", False), ("pinned", True)):
+        for seed, record in results.records[arm].items():
+            made_by = record.made_by | {"trained_with_bos": with_bos}
+            moved = 0.1 * seed * (with_bos is False)
+            values = record.values | {"bos_text/mass": 0.2 + moved, "text/mass": 0.3 - moved}
+            results.records[arm][seed] = replace(record, made_by=made_by, values=values)
+    assert noise_of(results)["bos_text/mass"][0] == pytest.approx(0, abs=1e-9)
+    assert noise_of(results)["text/mass"][0] == pytest.approx(0.1 * np.std(range(8), ddof=1))
     told = outcome(stored_results(finding, MINUTES, tmp_path), {})
     smallest = told["spread"]["natural/excess"]["smallest_effect"]
     assert smallest["5"] == rounded(smallest_effect(sd, 8, 5, 5), 3) < smallest["3"]

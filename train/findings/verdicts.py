@@ -63,10 +63,16 @@ Noise = dict[str, tuple[float, int]]
 
 
 def noise_of(results: Results) -> Noise:
-    """Of the noise finding: of each measure the arm with the largest spread."""
+    """Of the noise finding: of each measure the arm with the largest spread, of prompts with or
+    without a BOS only the arm that was trained with such: what a model does with a BOS that it
+    doesn't know, or without the one that it knows, varies as no baseline does."""
     noise: Noise = {}
     for arm, seeds in results.records.items():
+        knows = {one.made_by.get("trained_with_bos") for one in seeds.values()}
+        unlike = tuple("text/" if known else "bos_text/" for known in knows if known is not None)
         for measure in sorted({name for one in seeds.values() for name in one.values}):
+            if measure.startswith(unlike):
+                continue
             spread = results.spread(Of(arm, measure))
             if spread is not None and spread[0] > noise.get(measure, (-1.0, 0))[0]:
                 noise[measure] = spread
