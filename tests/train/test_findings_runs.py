@@ -263,6 +263,7 @@ def test_a_run_stopped_before_counts_all_its_time(monkeypatch, tmp_path):
     folder = run_dir(plan, places.runs)
     folder.mkdir(parents=True)
     (folder / campaign.SPENT).write_text("30")
+    (folder / "config.yaml").write_text("")
 
     def stopped(*args, **more):
         raise KeyboardInterrupt

@@ -30,6 +30,7 @@ from train.findings.store import record_path, store_record
 from train.launch import quiet
 from train.probes.of_runs import probe_run
 from train.run import run
+from train.run_folder import RunFolder
 from train.runs import load_run
 from train.stopping import StopSignals
 
@@ -105,7 +106,7 @@ def make(plan: Planned, places: Places, signals: StopSignals, *, jobs: int = 1) 
         try:
             return _made(plan, places, signals, lambda: _spent(folder, began, jobs))
         except BaseException:
-            if folder.is_dir():
+            if RunFolder(folder).config.exists():
                 spent = _spent(folder, began, jobs)
                 write_atomically(folder / SPENT, str(spent).encode())
             raise
@@ -139,10 +140,9 @@ def _made(
     made = load_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     probe_run(made, list(PROBED), rows=100, device=device, steps=made.steps[-1:])
-    path = folder / RECORD
-    store_record(path, measured(made, plan, spent()))
+    store_record(folder / RECORD, measured(made, plan, spent()))
     # As everybody after this reads it, rounded.
-    return Record.from_json(path)
+    return Record.from_json(folder / RECORD)
 
 
 class Campaign:
