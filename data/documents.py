@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-_UNIQUE_ORDER = 2410_10781
-"""Seed of the order in which ``of_unique_tokens`` takes documents; any number would do."""
+_ORDER_OF_CHANCE = 2410_10781
+"""Seed of ``in_order_of_chance``; any number would do."""
 
 
 class Split(StrEnum):
@@ -47,19 +47,22 @@ class Documents:
     def __len__(self) -> int:
         return len(self.starts_N)
 
+    def in_order_of_chance(self) -> Documents:
+        """The same documents in an order that depends on their number alone. No token is copied."""
+        order_N = np.random.default_rng(_ORDER_OF_CHANCE).permutation(len(self))
+        return Documents(self.tokens, self.starts_N[order_N], self.lengths_N[order_N])
+
     def of_unique_tokens(self, num_tokens: int) -> Documents:
         """Documents of exactly ``num_tokens`` text tokens, the last one cropped to fit.
 
-        They come in an order of chance that depends on the number of documents alone, so that fewer
-        tokens are a part of more. No token is copied.
+        They come in an order of chance, so that fewer tokens are a part of more.
         """
-        order_N = np.random.default_rng(_UNIQUE_ORDER).permutation(len(self))
-        ends_N = self.lengths_N[order_N].cumsum()
+        mixed = self.in_order_of_chance()
+        ends_N = mixed.lengths_N.cumsum()
         count = int(np.searchsorted(ends_N, num_tokens)) + 1
-        taken = order_N[:count]
-        lengths_N = self.lengths_N[taken]
+        lengths_N = mixed.lengths_N[:count].copy()
         lengths_N[-1] -= ends_N[count - 1] - num_tokens
-        return Documents(self.tokens, self.starts_N[taken], lengths_N)
+        return Documents(self.tokens, mixed.starts_N[:count], lengths_N)
 
 
 class DocumentSource(Protocol):

@@ -1,5 +1,7 @@
 """Held-out rows: an arm's own packing, the canonical rows, and the probes' prompts.
 
+Documents are taken in the order in which they are given: one of chance, from ``TokenDataModule``.
+
 Canonical rows and prompts are pieces of held-out documents, one a row: the same text tokens are
 predicted in every arm, whatever its packing, and only those (no BOS, EOS or PAD is a label).
 Pieces don't overlap; all first pieces of the documents come first, then all second ones, and so on.

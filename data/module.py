@@ -131,8 +131,12 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def validation(self) -> Documents:
-        """The held-out documents."""
-        return self.corpus.validation.epoch(0)
+        """The held-out documents, in an order of chance.
+
+        A corpus lies in the order of its sources: its first documents alone, which evaluation
+        takes, would be of one of them.
+        """
+        return self.corpus.validation.epoch(0).in_order_of_chance()
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of a rank in a step; ``UserError`` if the batch can't be shared evenly."""

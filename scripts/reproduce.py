@@ -99,7 +99,7 @@ def only(finding: Finding, budget: Budget, options: argparse.Namespace) -> None:
     arms = {arm.name: arm for arm in finding.arms_of(budget.name)}
     known = name in arms and seed.isdecimal()
     require(known, "--only", f"must be ARM:SEED, ARM among {', '.join(arms)}", options.only)
-    make_only(finding, budget, arms[name], int(seed), places_of(options))
+    make_only(finding, budget, arms[name], int(seed), places_of(options), options.jobs)
 
 
 def print_results(finding: Finding, budget: Budget, results: Results, folder: Path) -> None:

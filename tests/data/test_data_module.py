@@ -5,6 +5,7 @@ import signal
 from itertools import islice
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -259,6 +260,19 @@ def test_own_rows_are_the_held_out_documents_packed_as_in_training(make_module):
     assert batches[0].mask.pinned == 1
     labels = sum(map(len, labelled_text(batches)))
     assert {int(batch.num_labels) for batch in batches} == {labels}
+
+
+def test_held_out_text_is_not_taken_in_the_order_of_its_sources(make_module):
+    module = make_module(PackingConfig(**PACKING))
+    module.setup()
+    ours, stored = module.validation, module.corpus.validation.epoch(0)
+    assert sorted(ours.starts_N) == list(stored.starts_N) != list(ours.starts_N)
+    length_at = dict(zip(stored.starts_N, stored.lengths_N, strict=True))
+    assert [length_at[start] for start in ours.starts_N] == list(ours.lengths_N)
+    assert list(module.validation.starts_N) == list(ours.starts_N), "the same at every call"
+    # So the first rows are of early and of late documents alike.
+    early = ours.starts_N[: len(ours) // 2] < np.median(stored.starts_N)
+    assert 0.2 < early.mean() < 0.8
 
 
 def test_figures_of_the_held_out_text(make_module):

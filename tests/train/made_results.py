@@ -52,7 +52,7 @@ MEASURES = {
 }
 """What a run has if nothing else is said."""
 
-COUNTED = ("heads", "tokens", "heads_030", "onset_step", "spacing_step", "censored", "layers_0_1")
+COUNTED = ("heads", "tokens", "heads_030", "_step", "censored", "layers_0_1")
 
 
 def made_record(pool, own, seed: int, values: dict, curves: dict[str, list[float]]) -> Record:

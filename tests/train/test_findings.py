@@ -124,12 +124,12 @@ def test_an_order_that_still_changes_is_still_rising(tmp_path):
         "causal": {"bos_text/excess": behind},
     }
     store_made(tmp_path, PACKING, COLLAPSED, curves)
-    told = judged(tmp_path, "with its BOS")
+    told = judged(tmp_path, "more than causal,")
     assert told[:3] == (Verdict.rising,) * 3 and "1,750" in told.reason
     # A change before the last third is over.
     early = [0.1] * 6 + [-0.1] * 5
     store_made(tmp_path, PACKING, COLLAPSED, curves | {"causal": {"bos_text/excess": early}})
-    assert judged(tmp_path, "with its BOS").verdict is Verdict.holds
+    assert judged(tmp_path, "more than causal,").verdict is Verdict.holds
     pair = (Of("causal", "no/curve"), Of("causal_pinned_bos", "bos_text/excess"))
     assert unstable_from(pair, stored_results(PACKING, MINUTES, tmp_path)) is None
     assert STEPS[7] == 1750
@@ -150,7 +150,7 @@ def test_a_censored_run_has_no_emergence_and_says_nothing_of_layers(tmp_path):
     finding = FINDINGS["emergence"]
     store_made(tmp_path, finding, {"pinned": {"onset/censored": 1, "onset/onset_step": np.nan}})
     for says in ("pinned: a sink", "pinned: layers"):
-        assert judged(tmp_path, says, finding=finding).direction is not Verdict.holds
+        assert judged(tmp_path, says, finding=finding).verdict is Verdict.undecided
     assert judged(tmp_path, "causal: a sink", finding=finding).verdict is Verdict.holds
     assert judged(tmp_path, "causal: layers", finding=finding).verdict is Verdict.holds
 
@@ -168,13 +168,39 @@ def test_the_proxy_is_believed_only_if_the_norms_agree(tmp_path, values, expecte
     assert judged(tmp_path, "and the norms agree", finding=finding).verdict == expected
 
 
+def test_the_order_of_written_positions_is_that_of_training_rows(tmp_path):
+    finding = FINDINGS["fixed_token"]
+    values = {"written/rate_030_at_1": 0.6, "written/rate_030_beside_1": 0.0}
+    curves = {"rows/mass_at_1": [0.0] * 9 + [0.5] * 2, "rows/mass_beside_1": [0.1] * 11}
+    store_made(tmp_path, finding, {"fixed_2": values}, {"fixed_2": curves})
+    told = judged(tmp_path, "fixed at position 2", finding=finding)
+    assert told.verdict is Verdict.rising and "2,000" in told.reason
+    store_made(tmp_path, finding, {"fixed_2": values})
+    assert judged(tmp_path, "fixed at position 2", finding=finding).verdict is Verdict.holds
+    # The noise finding writes nothing: its prompts of text stand for these.
+    noise = {"text/rate_030_at_1": (0.3, 8)}
+    told = judged(tmp_path, "fixed at position 2", finding=finding, noise=noise)
+    assert told.verdict is Verdict.undecided
+
+
+def test_the_pinned_model_is_held_against_every_unpinned_one(tmp_path):
+    """Also against the model that doesn't know the BOS, on prompts without it."""
+    store_made(tmp_path, PACKING, changed("causal", text_in_excess=0.3))
+    assert judged(tmp_path, "more than causal,").verdict is Verdict.fails
+    assert judged(tmp_path, "more than causal_document_bos").verdict is Verdict.holds
+    store_made(tmp_path, PACKING, changed("causal_document_bos", bos_text_in_excess=0.3))
+    assert judged(tmp_path, "more than causal_document_bos").verdict is Verdict.fails
+    store_made(tmp_path, PACKING, changed("causal_document_bos", text_in_loss=3.2))
+    assert judged(tmp_path, "causal_document_bos doesn't care").verdict is Verdict.fails
+
+
 def test_what_cannot_be_decided_is_not(tmp_path):
     finding = FINDINGS["data_amount"]
     store_made(tmp_path, finding, {"all": {"natural/excess": 0.9}}, seeds=5)
     told = judged(tmp_path, "little", finding=finding)
     assert told.verdict is Verdict.undecided and "200M" in told.reason
     store_made(tmp_path, PACKING, COLLAPSED, budget="cpu")
-    told = judged(tmp_path, "with its BOS", budget=BUDGETS["cpu"])
+    told = judged(tmp_path, "more than causal,", budget=BUDGETS["cpu"])
     assert told.verdict is Verdict.undecided and "machinery" in told.reason
 
 
@@ -219,6 +245,17 @@ def test_noise_is_the_larger_spread_of_the_baselines(tmp_path):
         path.write_bytes(replace(record, values=values).to_json())
     sd, count = stored_noise(MINUTES, tmp_path)["natural/excess"]
     assert (sd, count) == (pytest.approx(0.1 * np.std(range(8), ddof=1)), 8)
+    # With its BOS alone, once it is known that the model was trained with one.
+    assert {"text/mass", "bos_text/mass"} <= set(stored_noise(MINUTES, tmp_path))
+    results = stored_results(finding, MINUTES, tmp_path)
+    for arm, with_bos in (("causal", False), ("pinned", True)):
+        for seed, record in results.records[arm].items():
+            made_by = record.made_by | {"trained_with_bos": with_bos}
+            moved = 0.1 * seed * (with_bos is False)
+            values = record.values | {"bos_text/mass": 0.2 + moved, "text/mass": 0.3 - moved}
+            results.records[arm][seed] = replace(record, made_by=made_by, values=values)
+    assert noise_of(results)["bos_text/mass"][0] == pytest.approx(0, abs=1e-9)
+    assert noise_of(results)["text/mass"][0] == pytest.approx(0.1 * np.std(range(8), ddof=1))
     told = outcome(stored_results(finding, MINUTES, tmp_path), {})
     smallest = told["spread"]["natural/excess"]["smallest_effect"]
     assert smallest["5"] == rounded(smallest_effect(sd, 8, 5, 5), 3) < smallest["3"]

@@ -13,8 +13,8 @@ import torch
 from kernels.errors import UserError
 from scripts.reproduce import command
 from tests.train.test_findings_stored import check_stored
-from train.findings import FINDINGS, campaign
-from train.findings.budgets import BUDGETS, planned
+from train.findings import FINDINGS, campaign, jobs
+from train.findings.budgets import BUDGETS, planned, run_dir
 from train.findings.measures import CURVES, Record
 
 TINY = ("trainer.max_steps=3", "tracking.validate_every=1", "model.num_heads=4")
@@ -129,11 +129,11 @@ def test_several_at_once_and_one_that_fails(reproduce, tmp_path, capsys):
     (tmp_path / "broken" / "cpu").mkdir(parents=True)
     (tmp_path / "broken" / "cpu" / "baseline_seed=0").write_text("")
     capsys.readouterr()
-    for jobs in ("1", "2"):
-        assert reproduce("noise", "--seeds", "1", "--jobs", jobs, folder=jobs, runs="broken") == 2
+    for count in ("1", "2"):
+        assert reproduce("noise", "--seeds", "1", "--jobs", count, folder=count, runs="broken") == 2
         shown = capsys.readouterr()
         assert "failed: causal seed 0" in shown.out and "1 runs failed" in shown.err
-        assert list(stored(tmp_path / jobs)) == ["packing=causal_pinned_bos_seed=0.json"]
+        assert list(stored(tmp_path / count)) == ["packing=causal_pinned_bos_seed=0.json"]
         for record in (tmp_path / "broken" / "cpu").glob("*/record.json"):
             record.unlink()
 
@@ -205,3 +205,70 @@ def test_the_compiler_forgets_models_between_runs(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         campaign.make(plan, places, None)
     assert seen == ["reset", "run"]
+
+
+def test_a_fault_of_one_run_stops_no_other(monkeypatch, tmp_path):
+    """No mistake of the user's: a kernel that doesn't compile, a GPU without memory."""
+    finding, budget = FINDINGS["noise"], BUDGETS["cpu"]
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    plans = campaign.plans_of(finding, budget, [0], ())
+    begun = []
+
+    def fails(plan, *args, **more):
+        begun.append(plan.arm.name)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(campaign, "make", fails)
+    missing = campaign.Campaign(places).run(finding, plans, budget)
+    assert begun == ["causal", "pinned"] and not missing.waiting
+    log = campaign.log_path(plans[0], places)
+    assert missing.failed[0] == f"causal seed 0: RuntimeError, see {log}"
+    assert "out of memory" in log.read_text()
+
+
+def test_no_run_begins_that_would_end_too_late(monkeypatch, tmp_path):
+    """Three at once take three times as long on the clock as of the device."""
+    finding, budget = FINDINGS["noise"], BUDGETS["minutes"]
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    started = []
+    monkeypatch.setattr(campaign, "start", lambda *args, **more: started.append(args))
+    plans = campaign.plans_of(finding, budget, [0], ())
+    assert budget.seconds < 90
+    for took, seconds in (([], budget.seconds - 1), ([90.0], 80.0)):
+        one = campaign.Campaign(places, jobs=3, seconds=seconds)
+        one._took += took
+        assert one.run(finding, plans, budget) == campaign.Missing(plans, [])
+    assert not started
+
+
+def test_runs_at_once_share_cores_and_take_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(jobs.os, "cpu_count", lambda: 16)
+    for name in (*jobs.THREADS, jobs.VISIBLE):
+        monkeypatch.delenv(name, raising=False)
+    told = [jobs.environment(slot, 3) for slot in range(3)]
+    assert [one[jobs.VISIBLE] for one in told] == ["0", "1", "0"]
+    assert {one[name] for one in told for name in jobs.THREADS} == {"5"}
+    monkeypatch.setenv(jobs.VISIBLE, "3,7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert jobs.environment(1, 2)[jobs.VISIBLE] == "7"
+    assert jobs.environment(1, 2)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv(jobs.VISIBLE, "5")
+    assert jobs.environment(1, 2)[jobs.VISIBLE] == "5"
+
+
+def test_a_run_stopped_before_counts_all_its_time(monkeypatch, tmp_path):
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    plan = planned(FINDINGS["noise"], BUDGETS["cpu"], FINDINGS["noise"].arms[0], 0)
+    folder = run_dir(plan, places.runs)
+    folder.mkdir(parents=True)
+    (folder / campaign.SPENT).write_text("30")
+    (folder / "config.yaml").write_text("")
+
+    def stopped(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(campaign, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        campaign.make(plan, places, None)
+    assert 30 < float((folder / campaign.SPENT).read_text()) < 60

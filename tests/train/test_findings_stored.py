@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from scripts.reproduce import command
 from tests.train.made_results import COLLAPSED, PACKING, made_record, store_made
 from train.findings import FINDINGS
 from train.findings.budgets import BUDGETS, difference, planned, slug_of
+from train.findings.costs import resolution
 from train.findings.draw import COLUMNS, points_of
 from train.findings.measures import CURVES, Record
 from train.findings.page import (
@@ -24,7 +26,7 @@ from train.findings.page import (
     stored_outcome,
 )
 from train.findings.store import FOLDER, stored_results
-from train.findings.table import markdown, outcome
+from train.findings.table import lines_of, markdown, outcome
 
 ROOT = Path(__file__).parents[2]
 MINUTES = BUDGETS["minutes"]
@@ -203,6 +205,48 @@ def test_the_list_tells_costs_and_what_can_be_told(tmp_path, capsys):
     assert command(["--list", "--folder", str(tmp_path)]) == 0
     after = capsys.readouterr().out
     assert "16/16" in after and "16 x 50 s" in after and "run noise first" not in after
+
+
+def test_onsets_are_told_by_seed_with_their_errors_and_layers_in_their_order(tmp_path):
+    finding = FINDINGS["emergence"]
+    values = {"onset/low_step": 450, "onset/high_step": np.nan}
+    store_made(tmp_path, finding, {"causal": values})
+    results = stored_results(finding, MINUTES, tmp_path)
+    for seed, record in results.records["causal"].items():
+        # Layer 5 is the earliest, but in one seed alone.
+        early = [(5, 0, 100 if seed == 0 else None), (4, 0, 900), (3, 0, 700), (0, 0, None)]
+        results.records["causal"][seed] = replace(record, heads=early)
+    told = outcome(results, {})
+    assert [row["layer"] for row in told["layers"] if row["arm"] == "causal"] == [3, 4, 5, 0]
+    assert [row["seed"] for row in told["onsets"]] == [0, 1, 2, 0, 1, 2]
+    shown = "\n".join(lines_of(finding, MINUTES, told))
+    assert "450 to after the end" in " ".join(shown.split()) and "475" in shown
+    store_made(tmp_path, finding, {"causal": {"onset/onset_step": np.nan}})
+    told = outcome(stored_results(finding, MINUTES, tmp_path), {})
+    assert told["onsets"][0]["onset_step"] is None
+    assert lines_of(finding, MINUTES, told)
+
+
+def test_seeds_that_saw_other_data_are_told(tmp_path):
+    finding = FINDINGS["noise"]
+    store_made(tmp_path, finding)
+    results = stored_results(finding, MINUTES, tmp_path)
+    assert outcome(results, {})["mixed_data"] == []
+    record = results.records["pinned"][1]
+    made_by = record.made_by | {"data_sha256": "other"}
+    results.records["pinned"][1] = replace(record, made_by=made_by)
+    told = outcome(results, {})
+    assert told["mixed_data"] == ["pinned"]
+    assert any("other data: of pinned" in line for line in lines_of(finding, MINUTES, told))
+
+
+def test_a_papers_effect_is_held_to_the_noise_of_rates(tmp_path):
+    noise = {"text/excess": (1.0, 8), "bos_text/excess": (1.0, 8), "text/rate_030": (0.001, 8)}
+    noise["bos_text/rate_030"] = (0.001, 8)
+    told = resolution(PACKING, MINUTES, 5, noise)
+    assert told.startswith("7 of 7 effects") and "in rate, 2" in told
+    noise["text/rate_030"] = (0.3, 8)
+    assert resolution(PACKING, MINUTES, 5, noise).startswith("4 of 7 effects")
 
 
 def test_markdown_columns_are_aligned():

@@ -3,7 +3,7 @@
 base.py        what a finding is made of: arms, measures, the paper's numbers, criteria
 <name>.py      one finding each: a new one is its file and its line in ``FINDINGS``
 budgets.py     cpu, minutes, paper: what a run of an arm is there
-campaign.py    makes the runs that are missing, within a time
+campaign.py    makes the runs that are missing, within a time; jobs.py: several at once
 measures.py    what is kept of a run: a few kB that are enough for all that follows
 store.py       those records on disk; statistics.py: what their noise can tell
 verdicts.py    holds, holds in direction, doesn't hold, not decided, still rising

@@ -105,7 +105,8 @@ class Claim:
     direction, magnitude: all of them must hold; magnitude () has no number to be held to. effect:
     the two outcomes whose difference must be larger than what noise can tell, and whose order must
     be stable at the end of training; None for claims that aren't about a difference.
-    paper_effect: that difference in the paper, None if its unit isn't ours.
+    paper_effect: that difference in the paper as one of rates, which is what its tables have; what
+    is said of it rests on the noise of our rates (``train.findings.costs``).
     """
 
     says: str

@@ -150,7 +150,9 @@ def _short_context(other: Planned, extra: tuple[str, ...]) -> tuple[str, ...]:
         data = data_of(config)
         data.setup()
         context = max(HORIZON, 8 * round((2 * data.report.mean_keys - 1) / 8))
-        rows = max(1, round(config.packing.batch_tokens / context))
+        # As many rows as whole micro-batches have.
+        micro = config.packing.micro_batch_rows or 1
+        rows = micro * max(1, round(config.packing.batch_tokens / context / micro))
         _short[key] = (f"packing.context={context}", f"packing.batch_tokens={rows * context}")
     return _short[key]
 

@@ -8,8 +8,8 @@ there.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import gc
 import subprocess
 import sys
 import time
@@ -19,20 +19,26 @@ from typing import NamedTuple
 
 import torch
 
+from data.files import exclusive_lock, write_atomically
 from kernels.errors import UserError
 from train.config import compose
 from train.findings.base import Arm, Finding
 from train.findings.budgets import Budget, Planned, difference, planned, run_dir, seeds_of
+from train.findings.jobs import logged, start
 from train.findings.measures import PROBED, Record, measured
 from train.findings.store import record_path, store_record
 from train.launch import quiet
 from train.probes.of_runs import probe_run
 from train.run import run
+from train.run_folder import RunFolder
 from train.runs import load_run
 from train.stopping import StopSignals
 
 RECORD = "record.json"
 """The record in a run's folder."""
+
+SPENT = "spent_seconds"
+"""In a run's folder, what its starts that were stopped have taken."""
 
 
 class Places(NamedTuple):
@@ -85,16 +91,43 @@ def _settings(overrides: tuple[str, ...]) -> dict:
     return compose([*overrides])[1]
 
 
-def make(plan: Planned, places: Places, signals: StopSignals) -> Record:
-    """Train (or finish), probe and record one run.
+def make(plan: Planned, places: Places, signals: StopSignals, *, jobs: int = 1) -> Record:
+    """Train (or finish), probe and record one run; jobs: how many share the device.
 
     Raises ``UserError`` as a run does, and what a signal raises once the state is saved.
     """
     folder = run_dir(plan, places.runs)
-    config, settings = plan.compose((*places.extra, f"run_dir='{folder}'", "resume=true"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
+    # Another campaign may be making the same run.
+    with exclusive_lock(folder.with_name(f"{folder.name}.lock")):
+        if (folder / RECORD).exists():
+            return Record.from_json(folder / RECORD)
+        try:
+            return _made(plan, places, signals, lambda: _spent(folder, began, jobs))
+        except BaseException:
+            if RunFolder(folder).config.exists():
+                spent = _spent(folder, began, jobs)
+                write_atomically(folder / SPENT, str(spent).encode())
+            raise
+
+
+def _spent(folder: Path, began: float, jobs: int) -> float:
+    """Seconds of the device that a run has taken, in all its starts."""
+    path = folder / SPENT
+    before = float(path.read_text()) if path.exists() else 0.0
+    return before + (time.perf_counter() - began) / jobs
+
+
+def _made(
+    plan: Planned, places: Places, signals: StopSignals, spent: Callable[[], float]
+) -> Record:
+    folder = run_dir(plan, places.runs)
+    config, settings = plan.compose((*places.extra, f"run_dir='{folder}'", "resume=true"))
     # A compiler that remembers the models of all runs before gives up on compiling.
     torch.compiler.reset()
+    # The run before leaves its model in cycles of references.
+    gc.collect()
     experiment = next(o.partition("=")[2] for o in plan.preset if o.startswith("experiment="))
     run(
         config,
@@ -107,18 +140,17 @@ def make(plan: Planned, places: Places, signals: StopSignals) -> Record:
     made = load_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     probe_run(made, list(PROBED), rows=100, device=device, steps=made.steps[-1:])
-    seconds = time.perf_counter() - began
-    path = folder / RECORD
-    store_record(path, measured(made, plan, seconds))
+    store_record(folder / RECORD, measured(made, plan, spent()))
     # As everybody after this reads it, rounded.
-    return Record.from_json(path)
+    return Record.from_json(folder / RECORD)
 
 
 class Campaign:
     """The runs of a finding within a time.
 
-    jobs: runs at once, each a process of its own if more than one. seconds: none is begun that
-    wouldn't be done by then, as far as is known; None: no limit. tell: of each run, a line.
+    jobs: runs at once, each a process of its own if more than one, on the GPUs in turn. seconds:
+    none is begun that wouldn't be done by then, as far as is known; None: no limit. tell: of each
+    run, a line.
     """
 
     def __init__(
@@ -141,33 +173,42 @@ class Campaign:
         for plan, record in found:
             if record is not None:
                 self._keep(plan, record)
-                self._took.append(record.seconds / self.jobs)
+                self._took.append(record.seconds * self.jobs)
         todo = [plan for plan, record in found if record is None]
         done = len(plans) - len(todo)
         self.tell(f"{finding.name}: {len(plans)} runs, {done} done before")
         with StopSignals(requeues=False) as signals:
             if self.jobs == 1:
-                return self._in_turn(finding, todo, signals)
+                return self._in_turn(finding, budget, todo, signals)
             return self._side_by_side(finding, budget, todo)
 
-    def _is_over(self) -> bool:
+    def _is_over(self, budget: Budget) -> bool:
+        """Whether a run that begins now would end too late: the time on a clock counts."""
         if self.deadline is None:
             return False
-        expected = sum(self._took) / len(self._took) if self._took else 0.0
+        expected = sum(self._took) / len(self._took) if self._took else budget.seconds
         return time.monotonic() + expected > self.deadline
 
-    def _in_turn(self, finding: Finding, todo: list[Planned], signals: StopSignals) -> Missing:
+    def _in_turn(
+        self, finding: Finding, budget: Budget, todo: list[Planned], signals: StopSignals
+    ) -> Missing:
         failed = []
         quiet()
         for index, plan in enumerate(todo):
-            if self._is_over():
+            if self._is_over(budget):
                 return Missing(todo[index:], failed)
             began = time.monotonic()
             try:
-                with logged(plan, self.places):
+                with logged(log_path(plan, self.places)):
                     record = make(plan, self.places, signals)
             except UserError as error:
                 failed.append(f"{plan.arm.name} seed {plan.seed}: {error}")
+                self.tell(f"failed: {failed[-1]}")
+                continue
+            except Exception as error:
+                # One arm's mistake, or a GPU out of memory, isn't the other runs'.
+                told = f"{type(error).__name__}, see {log_path(plan, self.places)}"
+                failed.append(f"{plan.arm.name} seed {plan.seed}: {told}")
                 self.tell(f"failed: {failed[-1]}")
                 continue
             self._finished(finding, plan, record, began)
@@ -175,14 +216,18 @@ class Campaign:
 
     def _side_by_side(self, finding: Finding, budget: Budget, todo: list[Planned]) -> Missing:
         waiting, failed = list(todo), []
-        running: dict[subprocess.Popen, tuple[Planned, float]] = {}
+        running: dict[subprocess.Popen, tuple[Planned, float, int]] = {}
+        slots = list(reversed(range(self.jobs)))
         try:
-            while running or (waiting and not self._is_over()):
-                while waiting and len(running) < self.jobs and not self._is_over():
+            while running or (waiting and not self._is_over(budget)):
+                while waiting and len(running) < self.jobs and not self._is_over(budget):
                     plan = waiting.pop(0)
-                    running[self._start(finding, budget, plan)] = plan, time.monotonic()
+                    slot = slots.pop()
+                    process = self._start(finding, budget, plan, slot)
+                    running[process] = plan, time.monotonic(), slot
                 for process in [process for process in running if process.poll() is not None]:
-                    plan, began = running.pop(process)
+                    plan, began, slot = running.pop(process)
+                    slots.append(slot)
                     record = record_of(plan, self.places) if process.returncode == 0 else None
                     if record is None:
                         log = log_path(plan, self.places)
@@ -199,34 +244,27 @@ class Campaign:
                 process.wait()
         return Missing(waiting, failed)
 
-    def _start(self, finding: Finding, budget: Budget, plan: Planned) -> subprocess.Popen:
-        log = log_path(plan, self.places)
-        log.parent.mkdir(parents=True, exist_ok=True)
+    def _start(
+        self, finding: Finding, budget: Budget, plan: Planned, slot: int
+    ) -> subprocess.Popen:
         command = [
             *(sys.executable, "-m", "scripts.reproduce", finding.name, "--budget", budget.name),
             *("--only", f"{plan.arm.name}:{plan.seed}", "--runs", str(self.places.runs)),
-            *("--folder", str(self.places.stored)),
+            *("--folder", str(self.places.stored), "--jobs", str(self.jobs)),
         ]
         for override in self.places.extra:
             command += ["--set", override]
-        with log.open("a") as file:
-            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        return start(command, log_path(plan, self.places), slot=slot, jobs=self.jobs)
 
     def _finished(self, finding: Finding, plan: Planned, record: Record, began: float) -> None:
         took = time.monotonic() - began
-        self._took.append(took / self.jobs)
+        self._took.append(took)
         self._keep(plan, record)
-        values = record.values
-        figures = [
-            f"{name} {values[measure]:.3f}"
-            for name, measure in (
-                ("excess", "natural/excess"),
-                ("rate", "natural/rate_030"),
-                ("canonical loss", "canonical_loss"),
-            )
-            if measure in values
-        ]
-        told = ", ".join(figures)
+        told = ", ".join(
+            f"{measure} {record.values[measure]:.3f}"
+            for measure in ("natural/excess", "natural/rate_030", "canonical_loss")
+            if measure in record.values
+        )
         self.tell(f"{finding.name} {plan.arm.name} seed {plan.seed}: {took:.0f} s; {told}")
 
     def _keep(self, plan: Planned, record: Record) -> None:
@@ -235,11 +273,13 @@ class Campaign:
             store_record(path, record)
 
 
-def make_only(finding: Finding, budget: Budget, arm: Arm, seed: int, places: Places) -> None:
-    """One run of a campaign, in the process that was started for it."""
+def make_only(
+    finding: Finding, budget: Budget, arm: Arm, seed: int, places: Places, jobs: int
+) -> None:
+    """One run of a campaign of ``jobs`` at once, in the process that was started for it."""
     quiet()
     with StopSignals(requeues=False) as signals:
-        make(planned(finding, budget, arm, seed, places.extra), places, signals)
+        make(planned(finding, budget, arm, seed, places.extra), places, signals, jobs=jobs)
 
 
 def records(plans: Sequence[Planned], places: Places) -> list[tuple[Arm, Record]]:
@@ -257,12 +297,3 @@ def log_path(plan: Planned, places: Places) -> Path:
     """What a run printed lies beside its folder."""
     folder = run_dir(plan, places.runs)
     return folder.with_name(f"{folder.name}.log")
-
-
-@contextlib.contextmanager
-def logged(plan: Planned, places: Places):
-    """What is printed in here goes to the run's log."""
-    path = log_path(plan, places)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file, contextlib.redirect_stdout(file):
-        yield

@@ -10,14 +10,17 @@ import numpy as np
 
 from train.config import compose
 from train.findings import FINDINGS
-from train.findings.base import Finding
+from train.findings.base import PRIMARY, Claim, Finding
 from train.findings.budgets import Budget, seeds_of
 from train.findings.page import stored_noise
 from train.findings.statistics import smallest_effect
 from train.findings.store import stored_results
 from train.findings.table import markdown
-from train.findings.verdicts import MIN_SEEDS, Noise
+from train.findings.verdicts import MIN_SEEDS, Noise, noise_like
 from train.report.curves import short_count
+
+RATE_OF = {PRIMARY: "rate_030"}
+"""The measure in whose unit the papers' effects are, by the end of the name of ours."""
 
 
 def list_lines(budget: Budget, folder: Path) -> list[str]:
@@ -83,21 +86,37 @@ def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> st
         return "its claims name no difference that noise could hide"
     if not noise:
         return "unknown: run noise first"
-    known = []
-    for claim in effects:
-        spreads = [noise[side.measure] for side in claim.effect if side.measure in noise]
-        if spreads:
-            sd, count = max(spreads)
-            tellable = smallest_effect(sd, max(count - 1, 2 * seeds - 2), seeds, seeds)
-            known.append((claim.paper_effect, tellable))
+    smallest = [(claim.paper_effect, _smallest(claim, RATE_OF, seeds, noise)) for claim in effects]
+    known = [(effect, tellable) for effect, tellable in smallest if tellable is not None]
     if not known:
         return "unknown: noise has other measures"
     enough = sum(effect > tellable for effect, tellable in known)
     worst = max(tellable for _, tellable in known)
-    return (
-        f"{enough} of {len(known)} effects of the paper's size; "
-        f"the smallest that can be told is {worst:.2g}"
+    told = (
+        f"{enough} of {len(effects)} effects of the paper's size; "
+        f"the smallest that can be told is {worst:.2g} in rate"
     )
+    masses = [_smallest(claim, {}, seeds, noise) for claim in effects if _is_of_mass(claim)]
+    known_masses = [mass for mass in masses if mass is not None]
+    return f"{told}, {max(known_masses):.2g} in excess mass" if known_masses else told
+
+
+def _is_of_mass(claim: Claim) -> bool:
+    return all(side.measure.endswith(f"/{PRIMARY}") for side in claim.effect or ())
+
+
+def _smallest(claim: Claim, instead: dict[str, str], seeds: int, noise: Noise) -> float | None:
+    """The smallest effect of a claim's two measures, or of those named ``instead``; None if the
+    noise has neither."""
+    spreads = []
+    for side in claim.effect or ():
+        place, _, name = side.measure.partition("/")
+        spreads.append(noise_like(f"{place}/{instead.get(name, name)}", noise))
+    known = [spread for spread in spreads if spread is not None]
+    if not known:
+        return None
+    sd, count = max(known)
+    return smallest_effect(sd, max(count - 1, 2 * seeds - 2), seeds, seeds)
 
 
 def _span(seconds: float) -> str:

@@ -55,9 +55,9 @@ EMERGENCE = Finding(
         *(
             Claim(
                 says=f"{arm}: layers 0 and 1 never sink",
-                # A run without a sink would say nothing about its layers.
+                # A run without a sink says nothing about its layers: it has no such step.
                 direction=(
-                    AtMost(Of(arm, "onset/censored")),
+                    AtLeast(Of(arm, "onset/onset_step")),
                     AtMost(Of(arm, "onset/heads_of_layers_0_1")),
                 ),
             )

@@ -19,7 +19,8 @@ Measures of the last step, by name:
     onset/...                             ``train.onset``, in steps, tokens and summed rate;
                                           heads_of_layers_0_1: those past their onset
 
-Curves are columns over some of the recorded steps.
+Curves are columns over some of the recorded steps. Those of runs that write into rows have
+rows/mass_at_P and mass_beside_P too: as above, of alpha over whole training rows, means of heads.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ CURVES = {
 class Record:
     """What is kept of a run.
 
-    own: the arm's overrides. settings: ``told_settings``. made_by: commit, device, hashes.
+    own: the arm's overrides. seconds: of the device, all starts together; of runs that shared it,
+    a share of the time on the clock. settings: ``told_settings``. made_by: commit, device, hashes.
     curves: columns step, tokens and of ``CURVES``. heads: (layer, head, onset's step or None).
     """
 
@@ -169,7 +171,7 @@ def measured(run: Run, plan: Planned, seconds: float) -> Record:
         },
         seconds=round(seconds, 1),
         values=values,
-        curves=_curves(metrics),
+        curves=_curves(metrics, _positions(sinks) if _is_written(run) else pd.DataFrame()),
         heads=[(one.layer, one.head, one.onset and one.onset.step) for one in heads],
     )
 
@@ -235,7 +237,24 @@ def _of_onset(onset: RunOnset) -> dict[str, float]:
     return {f"onset/{name}": value for name, value in values.items()}
 
 
-def _curves(metrics: pd.DataFrame) -> pd.DataFrame:
+def _is_written(run: Run) -> bool:
+    packing = run.settings["packing"]
+    return packing["fixed_position"] is not None or bool(packing["random_positions"])
+
+
+def _positions(sinks: pd.DataFrame) -> pd.DataFrame:
+    """By step, the mean alpha of the key at each of the first positions, and of the largest of the
+    other leading keys."""
+    leading = sinks[sinks["key"] == "position"]
+    mass_SP = leading.pivot_table(index="step", columns="position", values="alpha")
+    curves = {}
+    for position in mass_SP.columns[:POSITIONS]:
+        curves[f"rows/mass_at_{position}"] = mass_SP[position]
+        curves[f"rows/mass_beside_{position}"] = mass_SP.drop(columns=position).max(axis=1)
+    return pd.DataFrame(curves)
+
+
+def _curves(metrics: pd.DataFrame, positions: pd.DataFrame) -> pd.DataFrame:
     layers = [
         name for name in metrics if name.startswith(("sink/excess/layer_", "sink/rate_030/layer_"))
     ]
@@ -245,5 +264,8 @@ def _curves(metrics: pd.DataFrame) -> pd.DataFrame:
     recorded = metrics["step"][metrics["step"] > 0].tolist()
     chosen = metrics[metrics["step"].isin({*validated, *log_spaced(recorded, RECORDS)})]
     columns = {ours: chosen[name] for ours, name in names.items()}
+    at = chosen["step"].to_numpy()
+    columns |= {name: positions[name].reindex(at).to_numpy() for name in positions}
+    names |= dict.fromkeys(positions)
     curves = pd.DataFrame({"step": chosen["step"], "tokens": chosen["tokens"], **columns})
     return curves.astype(dict.fromkeys(names, np.float64)).reset_index(drop=True)

@@ -55,6 +55,32 @@ def masked(unmasked: str, document: str, what: str) -> Claim:
     )
 
 
+UNPINNED = {
+    "causal": "which hasn't seen a BOS (90.84 against 65.10 %)",
+    "causal_document_bos": "which has seen one at every document's start",
+}
+
+
+def above(unpinned: str, what: str) -> Claim:
+    """The pinned model with its BOS against one that never saw it in a fixed place, on the same
+    prompts, and on those without a BOS where that isn't trained."""
+    prompts = (BOS, TEXT) if unpinned == "causal" else (BOS,)
+    rate = "bos_text/rate_030"
+    pinned = "causal_pinned_bos"
+    return Claim(
+        says=f"with its BOS the pinned model sinks more than {unpinned}, {what}",
+        direction=tuple(
+            AtLeast(Of(pinned, BOS), Of(unpinned, prompt), every=True, strict=True)
+            for prompt in prompts
+        ),
+        magnitude=(AtLeast(Of(pinned, rate), Of(unpinned, rate), times=1.39),)
+        if unpinned == "causal"
+        else (),
+        effect=(Of(pinned, BOS), Of(unpinned, BOS)),
+        paper_effect=0.2574,
+    )
+
+
 PACKING = Finding(
     name="packing",
     title="Packing, mask and BOS",
@@ -85,27 +111,17 @@ PACKING = Finding(
         Column("passes", "passes"),
     ),
     claims=(
-        Claim(
-            says="with its BOS the pinned model sinks more than an unpinned one (90.84 against "
-            "65.10 %)",
-            direction=(
-                AtLeast(Of("causal_pinned_bos", BOS), Of("causal", BOS), every=True, strict=True),
-            ),
-            magnitude=(
-                AtLeast(
-                    Of("causal_pinned_bos", "bos_text/rate_030"),
-                    Of("causal", "bos_text/rate_030"),
-                    times=1.39,
-                ),
-            ),
-            effect=(Of("causal_pinned_bos", BOS), Of("causal", BOS)),
-            paper_effect=0.2574,
-        ),
+        *(above(unpinned, what) for unpinned, what in UNPINNED.items()),
         collapse("causal_pinned_bos", "90.84 -> 0.05 %, loss 2.69 -> 7.56"),
         collapse("document_pinned_bos", "90.56 -> 0.00 %, loss 2.67 -> 7.78"),
-        Claim(
-            says="an unpinned model doesn't care whether a BOS is there (loss 2.69 and 2.70)",
-            direction=(Near(Of("causal", "text/loss"), Of("causal", "bos_text/loss"), plus=0.05),),
+        *(
+            Claim(
+                says=f"{unpinned} doesn't care whether a BOS is there (loss 2.69 and 2.70)",
+                direction=(
+                    Near(Of(unpinned, "text/loss"), Of(unpinned, "bos_text/loss"), plus=0.05),
+                ),
+            )
+            for unpinned in UNPINNED
         ),
         Claim(
             says="document_document_bos has its sinks at document starts",
@@ -122,6 +138,10 @@ PACKING = Finding(
                     Of("document_document_bos", "documents/inner_rate_030"),
                     times=3.0,
                 ),
+            ),
+            effect=(
+                Of("document_document_bos", "documents/start_rate_030"),
+                Of("document_document_bos", "documents/inner_rate_030"),
             ),
         ),
         masked("causal", "document", ""),

@@ -55,12 +55,17 @@ class Results:
         return [value for _, value in sorted(self.values(what).items()) if math.isfinite(value)]
 
     def curve(self, what: Of) -> pd.Series | None:
-        """The mean over seeds by step of a measure that has a curve; None if it has none."""
-        curves = [
-            one.curves.set_index("step")[what.measure].dropna()
-            for one in self.records.get(what.arm, {}).values()
-            if what.measure in one.curves
-        ]
+        """The mean over seeds by step of a measure that has a curve; None if it has none.
+
+        Of written prompts: of the training rows, which have the same written into them.
+        """
+        name = what.measure.replace("written/rate_030_", "rows/mass_", 1)
+        curves = []
+        for one in self.records.get(what.arm, {}).values():
+            natural = "bos_text/" if one.made_by.get("trained_with_bos") else "text/"
+            column = name.replace("natural/", natural, 1)
+            if column in one.curves:
+                curves.append(one.curves.set_index("step")[column].dropna())
         if not curves:
             return None
         together = pd.concat(curves, axis=1, join="inner")

@@ -30,6 +30,7 @@ def outcome(results: Results, noise: Noise) -> dict[str, Any]:
     """
     finding, budget = results.finding, results.budget
     runs = results.runs
+    is_of_layers = any(panel.kind == "layers" for panel in finding.panels)
     own_noise = noise_of(results) if finding.name == "noise" else noise
     return {
         "finding": finding.name,
@@ -41,7 +42,8 @@ def outcome(results: Results, noise: Noise) -> dict[str, Any]:
             | _told(judge(claim, results, noise))
             for claim in finding.claims
         ],
-        "layers": _layers(results) if any(p.kind == "layers" for p in finding.panels) else [],
+        "onsets": _onsets(results) if is_of_layers else [],
+        "layers": _layers(results) if is_of_layers else [],
         "spread": _spread(own_noise, finding) if finding.name == "noise" else {},
         "cost": {
             "runs": len(runs),
@@ -49,6 +51,11 @@ def outcome(results: Results, noise: Noise) -> dict[str, Any]:
             "tokens": int(sum(run.values["tokens"] for run in runs)),
             "devices": sorted({str(run.made_by["device"]) for run in runs}),
         },
+        "mixed_data": [
+            arm
+            for arm, seeds in results.records.items()
+            if len({run.made_by.get("data_sha256") for run in seeds.values()}) > 1
+        ],
     }
 
 
@@ -93,9 +100,24 @@ def _row(results: Results, column: Column) -> dict[str, Any]:
     return {"measure": column.measure, "title": column.title, "arms": arms}
 
 
+ERRORS = ("onset_step", "spacing_step", "low_step", "high_step", "sink_heads")
+"""What is told of the onset of every run."""
+
+
+def _onsets(results: Results) -> list[dict[str, Any]]:
+    """By arm and seed: the onset in steps and its two errors, None where a run has none."""
+    return [
+        {"arm": arm, "seed": seed}
+        | {name: rounded(run.values.get(f"onset/{name}", math.nan), 6) for name in ERRORS}
+        for arm, seeds in results.records.items()
+        for seed, run in seeds.items()
+    ]
+
+
 def _layers(results: Results) -> list[dict[str, Any]]:
     """By arm and layer: heads past their onset, of how many, all seeds together, and the step of
-    the layer's first onset by seed (None without one), layers in the order of their mean."""
+    the layer's first onset by seed (None without one); layers with an onset in more seeds come
+    first, then those whose mean is earlier."""
     rows = []
     for arm, seeds in results.records.items():
         heads = [
@@ -110,7 +132,8 @@ def _layers(results: Results) -> list[dict[str, Any]]:
             index="layer", columns="seed", values="onset", aggfunc="min", dropna=False
         )
         by_layer = table.groupby("layer")["onset"]
-        for layer in first.mean(axis=1).sort_values(kind="stable").index:
+        order = pd.DataFrame({"without": first.isna().sum(axis=1), "mean": first.mean(axis=1)})
+        for layer in order.sort_values(["without", "mean"], kind="stable").index:
             rows.append(
                 {
                     "arm": arm,
@@ -161,6 +184,10 @@ def lines_of(finding: Finding, budget: Budget, told: dict[str, Any]) -> list[str
         "",
         f"Mean ± standard deviation over seeds; {finding.aggregation}.",
     ]
+    if told["mixed_data"]:
+        lines += ["", f"Seeds that saw other data: of {', '.join(told['mixed_data'])}."]
+    if told["onsets"]:
+        lines += ["", *_onset_lines(told["onsets"])]
     if told["layers"]:
         lines += ["", *_layer_lines(told["layers"])]
     if told["spread"]:
@@ -189,6 +216,20 @@ def _why(claim: dict[str, Any]) -> str:
     if claim["reason"] or claim["effect"] is None:
         return claim["reason"]
     return f"effect {claim['effect']:.3g}, smallest that can be told {claim['tellable']:.3g}"
+
+
+def _onset_lines(onsets: list[dict[str, Any]]) -> list[str]:
+    header = ["arm", "seed", "onset, step", "after record", "95 % over heads", "heads past theirs"]
+    rows = []
+    for row in onsets:
+        onset, spacing, low, high, heads = (row[name] for name in ERRORS)
+        ends = ["–"] * 3
+        if onset is not None:
+            last = "after the end" if high is None else f"{high:,}"
+            first = "after the end" if low is None else f"{low:,}"
+            ends = [f"{onset:,}", f"{onset - spacing:,}", f"{first} to {last}"]
+        rows.append([row["arm"], str(row["seed"]), *ends, "–" if heads is None else str(heads)])
+    return markdown(header, rows)
 
 
 def _layer_lines(layers: list[dict[str, Any]]) -> list[str]:

@@ -63,14 +63,28 @@ Noise = dict[str, tuple[float, int]]
 
 
 def noise_of(results: Results) -> Noise:
-    """Of the noise finding: of each measure the arm with the largest spread."""
+    """Of the noise finding: of each measure the arm with the largest spread, of prompts with or
+    without a BOS only the arm that was trained with such: what a model does with a BOS that it
+    doesn't know, or without the one that it knows, varies as no baseline does."""
     noise: Noise = {}
     for arm, seeds in results.records.items():
+        knows = {one.made_by.get("trained_with_bos") for one in seeds.values()}
+        unlike = tuple("text/" if known else "bos_text/" for known in knows if known is not None)
         for measure in sorted({name for one in seeds.values() for name in one.values}):
+            if measure.startswith(unlike):
+                continue
             spread = results.spread(Of(arm, measure))
             if spread is not None and spread[0] > noise.get(measure, (-1.0, 0))[0]:
                 noise[measure] = spread
     return noise
+
+
+def noise_like(measure: str, noise: Noise) -> tuple[float, int] | None:
+    """Of the baseline's measure of that name; prompts that are written into have those of ``text``,
+    into which the noise finding writes nothing. None if it has none."""
+    if measure not in noise:
+        measure = measure.replace("written/", "text/", 1)
+    return noise.get(measure)
 
 
 def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
@@ -115,7 +129,7 @@ def effect_of(pair: tuple[Of, Of], results: Results, noise: Noise) -> tuple[floa
     """The difference of the means, and the smallest that the noise can tell."""
     left, right = (results.known(side) for side in pair)
     spreads = [results.spread(side) for side in pair]
-    spreads += [noise.get(side.measure) for side in pair]
+    spreads += [noise_like(side.measure, noise) for side in pair]
     sd, count = max(filter(None, spreads))
     degrees = max(count - 1, len(left) + len(right) - 2)
     return float(np.mean(left) - np.mean(right)), smallest_effect(

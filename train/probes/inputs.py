@@ -32,7 +32,7 @@ from models.batch import IGNORE_LABEL, PackedBatch
 from train.metrics import HORIZON
 from train.probes.base import ProbeInputs
 
-VERSION = 1
+VERSION = 2
 """Of how a probe set is made from held-out text; raised when that changes."""
 
 SEED = 2410_10781
