@@ -73,7 +73,7 @@ def test_stored_runs_of_other_settings_are_told():
 def test_arms_of_one_setting_are_one_run():
     plans = [
         planned(FINDINGS[name], MINUTES, FINDINGS[name].arms[0], 3)
-        for name in ("noise", "packing", "emergence", "attention_ops", "fixed_token")
+        for name in ("noise", "packing", "attention_ops", "fixed_token")
     ]
     assert {(plan.pool, plan.slug) for plan in plans} == {("minutes", "baseline_seed=3")}
     every = [
@@ -165,11 +165,11 @@ def test_what_rests_on_new_runs_is_written_anew(tmp_path):
         *(f"emergence.{ending}" for ending in ("json", "csv", "png")),
         "findings.md",
     }
-    # Six more seeds of the same arms, five of which are emergence's too.
+    # Six more seeds, of which emergence has three of one arm.
     store_made(folder, FINDINGS["noise"], seeds=8)
     paths = store_outcomes("noise", MINUTES, folder)
     assert {"emergence.json", "emergence.png", "noise.json"} <= {path.name for path in paths}
-    assert stored_outcome(folder / "emergence.json")["seeds"]["causal"] == [0, 1, 2, 3, 4]
+    assert stored_outcome(folder / "emergence.json")["seeds"]["pinned"] == [0, 1, 2, 3, 4]
     assert check_stored(folder) == 2
     again = store_outcomes("noise", MINUTES, folder)
     assert {path.name for path in again} == {"findings.md"}, "nothing else has changed"
@@ -204,7 +204,7 @@ def test_the_list_tells_costs_and_what_can_be_told(tmp_path, capsys):
     store_made(tmp_path, FINDINGS["noise"], seeds=8)
     assert command(["--list", "--folder", str(tmp_path)]) == 0
     after = capsys.readouterr().out
-    assert "16/16" in after and "16 x 50 s" in after and "run noise first" not in after
+    assert "16/16" in after and "13.3 min" in after and "run noise first" not in after
 
 
 def test_onsets_are_told_by_seed_with_their_errors_and_layers_in_their_order(tmp_path):

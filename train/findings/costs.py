@@ -10,7 +10,7 @@ import numpy as np
 
 from train.config import compose
 from train.findings import FINDINGS
-from train.findings.base import PRIMARY, Claim, Finding
+from train.findings.base import PRIMARY, Arm, Claim, Finding
 from train.findings.budgets import Budget, seeds_of
 from train.findings.page import stored_noise
 from train.findings.statistics import smallest_effect
@@ -48,26 +48,35 @@ def list_lines(budget: Budget, folder: Path) -> list[str]:
 
 def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[str]:
     results = stored_results(finding, budget, folder)
-    seeds, arms = len(seeds_of(finding, budget)), len(finding.arms_of(budget.name))
+    seeds, arms = len(seeds_of(finding, budget)), finding.arms_of(budget.name)
     took = [run.seconds for run in results.runs]
-    seconds = float(np.mean(took)) if took else budget.seconds
-    about = "" if took else "about "
-    tokens = _tokens(budget.overrides or (f"experiment={finding.experiment}",))
+    preset = budget.overrides or (f"experiment={finding.experiment}",)
+    tokens = sum(_tokens((*preset, *_of_length(arm))) for arm in arms)
+    # Arms longer than the preset take as many times its seconds.
+    seconds = (
+        float(np.mean(took)) * len(arms) if took else budget.seconds * tokens / _tokens(preset)
+    )
     return [
         finding.name,
         finding.source,
-        f"{arms} x {seeds}",
-        f"{len(took)}/{arms * seeds}",
-        f"{arms * seeds} x {about}{seconds:,.0f} s = {_span(arms * seeds * seconds)}",
-        f"{arms * seeds} x {short_count(tokens)} = {short_count(arms * seeds * tokens)}",
+        f"{len(arms)} x {seeds}",
+        f"{len(took)}/{len(arms) * seeds}",
+        f"{'' if took else 'about '}{_span(seeds * seconds)}",
+        short_count(seeds * tokens),
         resolution(finding, budget, seeds, noise),
     ]
 
 
+def _of_length(arm: Arm) -> tuple[str, ...]:
+    """The overrides that make an arm's runs longer or shorter than the preset's."""
+    names = ("trainer.max_steps", "packing.batch_tokens")
+    return tuple(o for o in arm.overrides if o.partition("=")[0] in names)
+
+
 @cache
-def _tokens(preset: tuple[str, ...]) -> int:
-    """Of a run of a preset."""
-    config, _ = compose([*preset])
+def _tokens(overrides: tuple[str, ...]) -> int:
+    """Of a run."""
+    config, _ = compose([*overrides])
     return config.trainer.max_steps * config.packing.batch_tokens
 
 

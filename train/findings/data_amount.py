@@ -32,7 +32,6 @@ DATA_AMOUNT = Finding(
             SMALLEST: 5_000_000,
             "unique_10M": 10_000_000,
             "unique_20M": 20_000_000,
-            "unique_50M": 50_000_000,
             ALL: None,
         }
     ),
