@@ -125,8 +125,18 @@ def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
     with monkeypatch.context() as failing:
         failing.setattr(PretrainModule, "training_step", fails)
         assert command(sweep) == 1
-    told = capsys.readouterr().err
-    assert "RuntimeError: out of luck" in told and "failed: seed=1 " in told
+    told = capsys.readouterr()
+    assert "RuntimeError: out of luck" in told.err and "failed: run 1 (seed=1 " in told.err
+    # Nobody asked to resume, and a sweep's runs have a line each where a run has a table.
+    assert "no checkpoint to resume" not in told.out and "unigram entropy" not in told.out
+    assert told.out.count(": trained for") == runs - 1
+    finished = f"sweep    {runs - 1} of {runs} runs are finished, 1 failed; the same command runs"
+    summary, failed = told.out.splitlines()[-2:]
+    assert summary.startswith(finished)
+    (folder,) = Path("runs/default").glob("seed=1_*")
+    assert failed.startswith("  run 1 (seed=1 ") and failed.endswith(
+        f"), in {folder}: RuntimeError: out of luck"
+    )
     folders = {path.name[:7]: path for path in (tmp_path / "runs" / "default").iterdir()}
     finished = {name for name, path in folders.items() if (path / "checkpoints/last.ckpt").exists()}
     assert len(finished) == runs - 1 and "seed=1_" not in finished
@@ -134,6 +144,7 @@ def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
     assert command(sweep) == 0
     shown = capsys.readouterr().out
     assert shown.count("finished before: ") == runs - 1 and shown.count("trained for") == 1
+    assert shown.endswith(f"sweep    all {runs} runs are finished\n")
     folders = {path.name[:7]: path for path in (tmp_path / "runs" / "default").iterdir()}
     assert metrics(folders["seed=1_"])["step"].iloc[-1] == 3
     assert before == {name: (folders[name] / "metrics.csv").stat() for name in finished}

@@ -3,6 +3,7 @@ name, in one line, and nothing in them is executed."""
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -12,10 +13,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import wandb
 import yaml
 
 from kernels.errors import UserError
 from tests.train.conftest import KEPT_RUN
+from tests.train.faults.injections import bad_loss
 from tests.train.faults.table import SLOW
 from train.runs import load_run
 
@@ -145,8 +148,12 @@ LOOKUP = {"norm_eps": "${oc.env:HOME}"}
 
 FILES = {
     "state torn": Damage(LAST, torn, resume, "must hold an intact checkpoint"),
-    "state without its end": Damage(LAST, without_its_end, resume, "intact checkpoint", False),
-    "state empty": Damage(LAST, emptied, resume, "must hold an intact checkpoint", False),
+    "state without its end": Damage(
+        LAST, without_its_end, resume, "@8 with a new run_dir starts from the newest", False
+    ),
+    "state empty": Damage(
+        LAST, emptied, resume, "got one that is damaged or no run's state: ", False
+    ),
     "state foreign": Damage(LAST, foreign_state, resume, "intact checkpoint to resume", False),
     "state with code": Damage(LAST, malicious_state, resume, "intact checkpoint", False),
     "state a pickle": Damage(LAST, pickled, resume, "must hold an intact checkpoint"),
@@ -267,6 +274,31 @@ def test_no_key_no_home_and_no_machine_in_a_run_folder(train, cache_dir, tmp_pat
             assert secret.encode() not in content, (path, secret)
     # Equal on every machine, so the run goes on in its folder.
     assert train("trainer.max_steps=3", settings[1], "resume=true", run_dir=run) == 0
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_no_home_in_what_wandb_says_of_a_stopped_run(train, tmp_path, monkeypatch, in_time):
+    home = tmp_path / "home" / "anna"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    bad_loss(float("nan"))(monkeypatch)
+    if not in_time:
+        monkeypatch.setattr(wandb.sdk.wandb_run.Run, "finish", lambda *_, **__: None)
+    run = home / "run"
+    assert train("trainer.max_steps=8", run_dir=run) == 2
+    # Not left to the end of the process.
+    assert (wandb.run is None) == in_time
+    try:
+        raise RuntimeError(f"{home}/x")
+    except RuntimeError:
+        # As W&B's own threads do until the process ends, if it didn't finish.
+        logging.getLogger("wandb.sdk.lib.asyncio_manager").exception("Uncaught of %s", home)
+    monkeypatch.undo()
+    wandb.finish()
+    (log,) = run.glob("wandb/offline-run-*/logs/debug.log")
+    told = log.read_text()
+    assert str(home) not in told
+    assert ("Uncaught of ~" in told and "RuntimeError: ~/x" in told) != in_time
 
 
 def test_homes_and_keys_of_others_are_left_alone(monkeypatch):
