@@ -38,15 +38,14 @@ def start_wandb(described: dict, mode: str) -> Any | None:
             host="",
         )
         try:
-            run = wandb.init(**described, mode=name, resume=resume, settings=quiet)
+            return wandb.init(**described, mode=name, resume=resume, settings=quiet)
         except Exception as error:
             warn(f"W&B could not be started {name} ({told(error)}); {instead}")
-        else:
+        finally:
+            # What passes by the filter: other loggers of W&B's, and tracebacks.
             for handler in log.handlers:
-                # What passes by the filter: other loggers of W&B's, and tracebacks.
                 if not isinstance(handler.formatter, PrivateFormatter):
                     handler.setFormatter(PrivateFormatter(handler.formatter))
-            return run
     return None
 
 
