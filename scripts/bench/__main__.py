@@ -1,8 +1,8 @@
 """Whole training steps, statistics on and off, beside a plain PyTorch loop, in one process.
 
     python -m scripts.bench                             gu60m, barbero120m and 1b on a GPU, minutes;
-                                                        cpu, a small model, without: half a minute
-    python -m scripts.bench --presets default           the default run; on a CPU, 4 minutes
+                                                        cpu, a small model, without: a minute
+    python -m scripts.bench --presets default           the default run; on a CPU, 5 minutes
     python -m scripts.bench --presets gu60m --json FILE tracking.statistics=full
 
 sinklab+stats is ``python -m train`` itself, sinklab the same with tracking.statistics=off, plain a

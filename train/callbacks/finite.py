@@ -51,12 +51,12 @@ class FiniteCheck(StepCallback):
         rows = f"{(bad_step - 1) * self.rows_per_step} to {bad_step * self.rows_per_step - 1}"
         kept = newest_weights(self.folder)
         last = "no weights were kept" if kept is None else f"{kept} has the last weights kept"
-        # A resumed run keeps its settings, and would come to the same step again.
-        start = start_from_weights(self.folder)
-        branch = "" if start is None else f" ({start}, steps and data from 0)"
+        # Not from the last: they may be of the way there already.
+        start = f"init_from={self.folder.path}@STEP starts one from weights of before it diverged"
+        branch = "" if start_from_weights(self.folder) is None else f" ({start})"
         # The norm is over the gradients of all ranks, so all stop here.
         raise KnownToAll(
             f"training stopped: NaN or infinity in the loss or gradients of step {bad_step}, rows "
             f"{rows} of the stream; {last}. A lower optimizer.lr or longer schedule.warmup_steps "
-            f"may help, in a new run{branch}: they can't change when a run is resumed"
+            f"may help, but can't change when a run is resumed: start a new run{branch}"
         )
