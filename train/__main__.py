@@ -7,8 +7,10 @@ finished: exit code 1 if any failed. A signal saves the run's state and ends it,
 """
 
 import os
+import signal
 import sys
 import traceback
+from pathlib import Path
 
 # Hydra prints and exits by itself otherwise; here every error ends in one place, below.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -23,9 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from kernels.errors import UserError
 from train.config import plain, register_configs, typed
 from train.gpus import jobs_at_once
-from train.mistakes import MISTAKES, JobFailed, tell
+from train.mistakes import MISTAKES, JobFailed, in_one_line, tell
 from train.ranks import is_rank
+from train.run_folder import RunFolder
 from train.stopping import Stopped, StopSignals, is_first_rank
+from train.sweeps import FAILED, FINISHED, SweepJob, forget_sweep, sweep_summary
 
 register_configs()
 
@@ -42,47 +46,68 @@ the job had, the device's too."""
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(settings: DictConfig) -> None:
     # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
+    from train.going_on import way_on
     from train.launch import start
+    from train.preparation import folder_of
     from train.shortage import shortage
 
     chosen = HydraConfig.get()
-    in_sweep = chosen.mode is RunMode.MULTIRUN
     launcher = chosen.launcher._target_.rpartition(".")[2]
-    if in_sweep:
+    overrides = list(chosen.overrides.task)
+    experiment = chosen.runtime.choices.get("experiment") or "default"
+    job = None
+    if chosen.mode is RunMode.MULTIRUN:
+        job = SweepJob(Path(chosen.runtime.output_dir), chosen.job.num, overrides)
         # The same sweep again does what is missing of it.
         settings.resume = True
-    config = None
+    config = values = None
+
+    def folder() -> RunFolder | None:
+        return None if values is None else folder_of(config, values, experiment, overrides)
+
     try:
         config = typed(settings)
+        values = plain(settings)
         with StopSignals() as signals:
             start(
                 config,
-                settings=plain(settings),
-                experiment=chosen.runtime.choices.get("experiment") or "default",
-                overrides=list(chosen.overrides.task),
-                skip_finished=in_sweep,
-                apart=in_sweep and launcher in SIDE_BY_SIDE,
+                settings=values,
+                experiment=experiment,
+                overrides=overrides,
+                skip_finished=job is not None,
+                brief=job is not None,
+                apart=job is not None and launcher in SIDE_BY_SIDE,
                 signals=signals,
             )
-    except (UserError, OmegaConfBaseException) as error:
-        # Told here, because Hydra would print more than a line; a sweep goes on with its next job.
-        tell(error)
-        _failed(error, launcher)
+        if job is not None:
+            job.ended(FINISHED)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning ends an interrupted run with 1.
+        if isinstance(stop, SystemExit) and stop.code != 1:
+            raise
+        if is_first_rank():
+            print(f"interrupted: {way_on(folder())}", file=sys.stderr)
+        raise Stopped(signal.SIGINT, "interrupted") from None
     except Exception as error:
-        mistake = shortage(error, config)
+        is_mistake = isinstance(error, UserError | OmegaConfBaseException)
+        mistake = error if is_mistake else shortage(error, config, folder())
         if mistake is not None:
-            tell(mistake)
-        elif not in_sweep or is_rank():
+            # Told here, because Hydra would print more than a line.
+            tell(mistake, "" if job is None else f"{job.name}:")
+        elif job is None or is_rank():
             # The other ranks are somewhere else, and no job can be begun with them.
             raise
         else:
             traceback.print_exc()
-        if in_sweep:
-            # One run out of memory at night is no reason to lose the others.
-            print(f"failed: {' '.join(chosen.overrides.task)}; the sweep goes on", file=sys.stderr)
+            print(f"failed: {job.name}; the sweep goes on", file=sys.stderr)
+        if job is not None:
+            run_folder = folder()
+            why = f"{type(error).__name__}: {error}" if mistake is None else in_one_line(mistake)
+            job.ended(FAILED, why, run_folder and run_folder.path)
+        # One run out of memory at night is no reason to lose the others.
         _failed(mistake or error, launcher)
 
 
@@ -103,15 +128,11 @@ def _quoted(argument: str) -> str:
     return name + "=" + ",".join(f"'{path}'" for path in value.split(","))
 
 
-def _interrupted() -> int:
-    print("interrupted: resume=true goes on from the last checkpoint", file=sys.stderr)
-    return 130
-
-
 def command(arguments: list[str]) -> int:
     """Run ``python -m train`` with these arguments; returns the exit code."""
     sys.argv = [sys.argv[0], *map(_quoted, arguments)]
     _failed_jobs.clear()
+    forget_sweep()
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -122,13 +143,17 @@ def command(arguments: list[str]) -> int:
         return stopped.exit_code if is_first_rank() else 0
     except JobFailed as failed:
         # The first of those that failed, when all have ended.
-        print(f"failed: {failed.what}", file=sys.stderr)
-        return 2 if failed.is_mistake else 1
+        _failed_jobs.append(failed.is_mistake)
+        if not sweep_summary():
+            print(f"failed: {failed.what}", file=sys.stderr)
     except KeyboardInterrupt:
-        return _interrupted()
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     except SystemExit as stop:
-        # Lightning ends an interrupted run like this; Hydra ends --help with 0.
-        return _interrupted() if stop.code == 1 else int(stop.code or 0)
+        # Hydra ends --help with 0.
+        return int(stop.code or 0)
+    for line in sweep_summary():
+        print(line)
     if not _failed_jobs:
         return 0
     return 2 if all(_failed_jobs) else 1

@@ -6,7 +6,6 @@ variant needs no YAML: its file and its line in the dictionary make it a choice 
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
@@ -22,6 +21,7 @@ from models.checkpoints import check_plain
 from models.decoder_config import DecoderConfig
 from train.kinds import GROUPS, kind_of, told_kind
 from train.loggers import LoggerConfig
+from train.mistakes import no_setting
 from train.privacy import private, with_home
 from train.run_folder import PARENT
 from train.tracking import TrackingConfig
@@ -162,10 +162,8 @@ def typed(settings: DictConfig) -> RunConfig:
 def _check_keys(node: DictConfig, prefix: str) -> None:
     known = [field.name for field in fields(OmegaConf.get_type(node))]
     for key in node:
-        close = get_close_matches(str(key), known, n=1)
-        hint = f"; did you mean {prefix}{close[0]}?" if close else ""
         if key not in known:
-            raise UserError(f"{prefix}{key} is no setting{hint}")
+            raise UserError(no_setting(prefix.rstrip("."), str(key), known))
         value = None if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig) and is_dataclass(OmegaConf.get_type(value)):
             _check_keys(value, f"{prefix}{key}.")

@@ -70,6 +70,7 @@ def start(
     experiment: str,
     overrides: list[str],
     skip_finished: bool = False,
+    brief: bool = False,
     apart: bool = False,
     signals: StopSignals | None = None,
 ) -> None:
@@ -77,7 +78,7 @@ def start(
 
     apart: for runs side by side on this machine. Even one rank gets a process of its own, so that
     nothing that happens to it, not even a kill, happens to the others; and GPUs of its own.
-    signals: as of ``run``.
+    signals and the rest: as of ``run``.
 
     Raises ``UserError`` for a user's mistake, ``RankFailed`` if a rank ends otherwise.
     """
@@ -87,6 +88,7 @@ def start(
         "experiment": experiment,
         "overrides": overrides,
         "skip_finished": skip_finished,
+        "brief": brief,
     }
     signals = signals or StopSignals()
     # What was compiled for a sweep's earlier runs counts towards a limit, after which nothing is.

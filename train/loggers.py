@@ -18,7 +18,15 @@ from data.files import naming, write_atomically
 from kernels.errors import require
 from train.run_folder import arm_hash, arm_name
 from train.wandb_names import LAYERS, wandb_key
-from train.wandb_service import FINISH_SECONDS, LEAVE_SECONDS, start_wandb, told, warn, within
+from train.wandb_service import (
+    FINISH_SECONDS,
+    LEAVE_SECONDS,
+    STOP_SECONDS,
+    start_wandb,
+    told,
+    warn,
+    within,
+)
 
 
 class WandbMode(StrEnum):
@@ -101,6 +109,7 @@ class MetricsCSV(Logger):
 def wandb_mode(config: LoggerConfig) -> str:
     """The mode W&B runs in, decided without ever waiting for input.
 
+    With a login that its server doesn't answer or refuses it is offline, and a warning says so.
     Raises UserError for an unknown ``$WANDB_MODE``, and for online without a login.
     """
     setting, mode = "logger.wandb", config.wandb.value
@@ -112,9 +121,12 @@ def wandb_mode(config: LoggerConfig) -> str:
     require(mode in ("auto", "online"), setting, f"must be one of {', '.join(known)}", mode)
     try:
         logged_in = wandb.login(prompt=False)
-    except Exception:
-        # No key, a wrong one, or nobody to ask.
+    except wandb.UsageError:
+        # No key, and nobody to ask for one.
         logged_in = False
+    except Exception as error:
+        warn(f"W&B can't be reached with the login there is ({told(error)}); the run is offline")
+        return "offline"
     require(logged_in or mode == "auto", setting, "must not be online without a login", mode)
     return "online" if logged_in else "offline"
 
@@ -182,6 +194,13 @@ class WandbRun(WandbLogger):
             self._define_sections(figures)
             images = {key: wandb.Image(picture) for key, picture in figures.items()}
             self.experiment.log(images, step=step, commit=False)
+
+    @rank_zero_only
+    def leave(self) -> None:
+        """Finish as failed, in ``STOP_SECONDS`` at most: somebody waits for the run to stop."""
+        if not self._is_lost:
+            with suppress(Exception):
+                within(STOP_SECONDS, lambda: self.experiment.finish(exit_code=1))
 
     @rank_zero_only
     def finish(self) -> None:

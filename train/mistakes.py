@@ -2,12 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from pathlib import Path
 
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kernels.errors import UserError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 NOISE = (
     # What it appends is no setting of ours.
@@ -38,20 +42,49 @@ class JobFailed(Exception):
         self.is_mistake = is_mistake
 
 
-def tell(error: Exception) -> None:
-    """Print an error about settings as one line that names the setting and what is wrong."""
-    if _first_rank_tells(error):
-        return
-    text = str(error)
+def tell(error: Exception, whose: str = "") -> None:
+    """Print an error about settings as one line that names the setting and what is wrong.
+
+    whose: stands before it, as the run of a sweep.
+    """
+    if not _first_rank_tells(error):
+        print("error:", *filter(None, [whose]), in_one_line(error), file=sys.stderr)
+
+
+def in_one_line(error: Exception) -> str:
+    """What a mistake says, without what Hydra and OmegaConf say that helps nobody."""
+    text, cause = str(error), error.__cause__
     if isinstance(error, OverrideParseException):
         text = f"override {error.override!r} can't be parsed: {error.message}"
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException | UserError):
+    elif isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _unknown_setting(cause)
+    elif isinstance(cause, OmegaConfBaseException):
+        # Hydra quotes the override, which names the setting; OmegaConf says what is wrong with it.
+        override = text.splitlines()[0].removeprefix("Error merging override ")
+        text = f"{override}: {str(cause).splitlines()[0]}"
+    elif isinstance(cause, UserError):
         text = f"{text} {cause}"
     lines = [line.strip() for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(NOISE)]
-    line = "; ".join(dict.fromkeys(kept)).replace(":; ", ": ")
-    print("error:", line, file=sys.stderr)
+    return "; ".join(dict.fromkeys(kept)).replace(":; ", ": ").replace(".; ", "; ")
+
+
+def _unknown_setting(error: OmegaConfBaseException) -> str:
+    """What to say of a key that a part of the settings doesn't have, which OmegaConf tells of."""
+    section, _, key = error.full_key.rpartition(".")
+    known = [str(name) for name in error.parent_node or ()]
+    if not section:
+        # Groups are chosen as if they were settings, some of which aren't.
+        known += [str(path.relative_to(CONF)) for path in CONF.rglob("*") if path.is_dir()]
+    return no_setting(section, key, known)
+
+
+def no_setting(section: str, key: str, known: Iterable[str]) -> str:
+    """That ``section`` (empty for all of the settings) has no ``key``, and which may be meant."""
+    prefix = f"{section}." if section else ""
+    close = get_close_matches(key, list(known), n=1)
+    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f"there is no setting {prefix}{key}{hint}"
 
 
 def _first_rank_tells(error: Exception) -> bool:

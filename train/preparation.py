@@ -18,7 +18,7 @@ from train.loggers import wandb_mode
 from train.metrics import HORIZON
 from train.module import PretrainModule
 from train.ranks import is_first
-from train.run_folder import PARENT, RunFolder, open_run_folder
+from train.run_folder import PARENT, RunFolder, open_run_folder, run_path
 from train.schedules import ConstantSchedule, check_schedule
 
 
@@ -53,17 +53,13 @@ def prepared(
 
     Completes ``settings``; the rest as in ``train.run.run``. Raises ``UserError``.
     """
-    total_steps = check_schedule(config.schedule, config.trainer.max_steps)
-    if not isinstance(config.schedule, ConstantSchedule):
-        # A resume may lengthen the run, but not bend the curve it is on.
-        settings["schedule"]["total_steps"] = total_steps
-    if config.init_from is not None:
-        settings[PARENT] = find_parent(settings)
+    total_steps = complete(config, settings)
     parent = settings.get(PARENT)
-    mode = wandb_mode(config.logger) if is_first() else "disabled"
     folder, resuming = open_run_folder(settings, experiment, overrides)
     if skip_finished and is_finished(folder, config.trainer.max_steps):
         return folder
+    # It may wait for a server, and warn.
+    mode = wandb_mode(config.logger) if is_first() else "disabled"
 
     data = data_of(config)
     accumulation = data.accumulation(world_size)
@@ -94,6 +90,32 @@ def prepared(
             f"got {config.trainer.max_steps}"
         )
     return Prepared(folder, data, module, resuming, step, accumulation, mode)
+
+
+def complete(config: RunConfig, settings: dict) -> int:
+    """Add to ``settings`` what a run's hash and folder take beside them; returns total_steps.
+
+    Raises ``UserError`` for a schedule or weights to start from that can't be.
+    """
+    total_steps = check_schedule(config.schedule, config.trainer.max_steps)
+    if not isinstance(config.schedule, ConstantSchedule):
+        # A resume may lengthen the run, but not bend the curve it is on.
+        settings["schedule"]["total_steps"] = total_steps
+    if config.init_from is not None:
+        settings[PARENT] = find_parent(settings)
+    return total_steps
+
+
+def folder_of(
+    config: RunConfig, settings: dict, experiment: str, overrides: list[str]
+) -> RunFolder | None:
+    """The folder of the run of these settings, None where they don't say so or it isn't there."""
+    try:
+        complete(config, settings)
+    except UserError:
+        return None
+    folder = RunFolder(run_path(settings, experiment, overrides))
+    return folder if folder.path.is_dir() else None
 
 
 def _check_positions(decoder: Decoder, context: int) -> None:

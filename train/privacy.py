@@ -41,6 +41,17 @@ class PrivateRecords(logging.Filter):
         return True
 
 
+class PrivateFormatter(logging.Formatter):
+    """Makes private what another formatter makes of a record, tracebacks included."""
+
+    def __init__(self, inner: logging.Formatter | None):
+        super().__init__()
+        self.inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _private_text(self.inner.format(record))
+
+
 def _private_text(text: str) -> str:
     for name, secret in os.environ.items():
         if SECRET.search(name.upper()) and len(secret) >= SHORTEST_SECRET:

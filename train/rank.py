@@ -21,6 +21,7 @@ def main(folder: Path, rank: int) -> int:
     # What the run's provenance shows is what was typed.
     sys.argv = job.pop("argv")
     from train.config import register_configs, restored
+    from train.preparation import folder_of
     from train.run import run
     from train.shortage import shortage
 
@@ -40,7 +41,10 @@ def main(folder: Path, rank: int) -> int:
         # Lightning ends an interrupted run like this.
         return 130 if stop.code == 1 else int(stop.code or 0)
     except Exception as error:
-        mistake = error if isinstance(error, MISTAKES) else shortage(error, config)
+        where = (config, job["settings"], job["experiment"], job["overrides"])
+        mistake = (
+            error if isinstance(error, MISTAKES) else shortage(error, config, folder_of(*where))
+        )
         if mistake is None:
             raise
         (folder / MISTAKE.format(rank=rank)).write_text(str(mistake))

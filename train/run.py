@@ -15,13 +15,14 @@ from train.callbacks.stopping import Stopping
 from train.config import RunConfig
 from train.devices import device_of, new_memory_as_it_is
 from train.figures import draw_figures
+from train.going_on import drop_after
 from train.loggers import MetricsCSV, build_wandb_logger
 from train.metrics import HORIZON
 from train.parallel import ask_no_other_rank, trainer_arguments
 from train.preparation import Prepared, prepared
 from train.provenance import provenance
 from train.ranks import is_first, join, one_mistake
-from train.run_folder import drop_after, write_run_files
+from train.run_folder import write_run_files
 from train.stopping import StopSignals
 from train.summary import print_summary
 from train.wandb_names import FIGURES
@@ -34,6 +35,7 @@ def run(
     experiment: str,
     overrides: list[str],
     skip_finished: bool = False,
+    brief: bool = False,
     signals: StopSignals | None = None,
     vocab_size: int | None = None,
     callbacks: Sequence[L.Callback] = (),
@@ -41,9 +43,10 @@ def run(
     """Train as ``config`` says and leave the run folder.
 
     settings: ``config`` as plain values, which is what is hashed and stored. skip_finished: leave a
-    run that has made all its steps as it is, rather than raise UserError. signals: entered by the
-    caller, end the run with its state saved. vocab_size: ids that the model is to know, at least
-    the tokenizer's, which are the default. callbacks: called after the run's own.
+    run that has made all its steps as it is, rather than raise UserError. brief: print less,
+    as of one of many. signals: entered by the caller, end the run with its state saved. vocab_size:
+    ids that the model is to know, at least the tokenizer's, which are the default. callbacks:
+    called after the run's own.
 
     Every check that can fail runs before the first file is written; a user's mistake raises
     UserError. Of many ranks, each calls this; all find what is wrong, the first alone writes and
@@ -75,7 +78,7 @@ def run(
     metrics, wandb_logger, run_id = MetricsCSV(folder.metrics), None, None
     with one_mistake():
         if is_first():
-            _print_start(console, config, ready)
+            _print_start(console, config, ready, brief)
             device = torch.cuda.get_device_name() if accelerator == "gpu" else "cpu"
             measured = {"alpha_kind": module.decoder.alpha_kind}
             origin = provenance(settings, experiment, device, _data_provenance(data)) | measured
@@ -95,7 +98,7 @@ def run(
             )
 
     stopping = Stopping(signals or StopSignals(), folder)
-    own = RunCallbacks(config, data, folder, console, wandb_logger, stopping, run_id)
+    own = RunCallbacks(config, data, folder, console, wandb_logger, stopping, run_id, brief)
     trainer = L.Trainer(
         accelerator=accelerator,
         **trainer_arguments(config.trainer, world_size, [StateFileIO()]),
@@ -117,8 +120,13 @@ def run(
         ask_no_other_rank(trainer)
     started = time.perf_counter()
     ckpt_path = str(folder.last) if ready.resuming else None
-    with new_memory_as_it_is():
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    try:
+        with new_memory_as_it_is():
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except BaseException:
+        if wandb_logger is not None:
+            wandb_logger.leave()
+        raise
     training_seconds = time.perf_counter() - started - module.seconds_outside
     if trainer.is_global_zero:
         figures = draw_figures(folder) if config.tracking.figures else []
@@ -135,6 +143,7 @@ def run(
             training_seconds,
             time.perf_counter() - began,
             is_proxy=module.decoder.alpha_kind == "proxy",
+            brief=brief,
         )
 
 
@@ -148,18 +157,20 @@ def _data_provenance(data: TokenDataModule) -> dict:
     }
 
 
-def _print_start(console: Console, config: RunConfig, ready: Prepared) -> None:
+def _print_start(console: Console, config: RunConfig, ready: Prepared, brief: bool) -> None:
     folder, data, module, step = ready.folder, ready.data, ready.module, ready.step
     parameters = module.decoder.num_parameters()
-    lines = [
+    about = [
         f"model    {config.model.num_layers} layers, {parameters.total / 1e6:.2f}M parameters "
         f"({parameters.non_embedding / 1e6:.2f}M without embeddings)",
         *data.describe(),
-        f"run      {folder.path}" + (f", going on from step {step}" if step >= 0 else ""),
     ]
+    lines = [] if brief else about
+    lines.append(f"run      {folder.path}" + (f", going on from step {step}" if step >= 0 else ""))
     if config.init_from is not None and step < 0:
         lines.append(f"start    the weights of {config.init_from}")
-    if config.resume and step < 0:
+    # Nobody asked the new runs of a sweep to resume.
+    if config.resume and step < 0 and (folder.config.exists() or not brief):
         lines.append(f"no checkpoint to resume in {folder.path}: starting from the beginning")
     windows = [config.attention.window_of(layer) for layer in range(config.model.num_layers)]
     short = [window is not None and window < HORIZON for window in windows]

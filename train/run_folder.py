@@ -19,7 +19,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ NOT_THE_EXPERIMENT = ("run_dir", "cache_dir", "resume", "logger")
 """Settings that don't change what is computed, so they are left out of the hash."""
 
 SEEDS = ("seed", "data_seed")
-
 """Settings in which the runs of an arm differ."""
 
 NOT_THE_ARM = (("trainer", "progress"), ("trainer", "num_workers"), ("tracking", "figures"))
@@ -169,6 +167,12 @@ def _readable(overrides: list[str], left_out: tuple[str, ...] = ()) -> str:
     return "_".join(told)[:100]
 
 
+def run_path(settings: dict, experiment: str, overrides: list[str]) -> Path:
+    """Where the run of these settings is."""
+    default = Path("runs") / experiment / run_name(settings, overrides)
+    return Path(settings["run_dir"] or default).expanduser()
+
+
 def open_run_folder(
     settings: dict, experiment: str, overrides: list[str]
 ) -> tuple[RunFolder, bool]:
@@ -177,9 +181,7 @@ def open_run_folder(
     Raises UserError for a folder in use without ``resume=true``, and for a resume whose settings
     differ from the folder's in anything but ``MAY_CHANGE_ON_RESUME``.
     """
-    given = settings["run_dir"]
-    given = given or Path("runs") / experiment / run_name(settings, overrides)
-    path = Path(given).expanduser()
+    path = run_path(settings, experiment, overrides)
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir must be a folder, got the file {path}")
@@ -238,34 +240,6 @@ def _check_settings_agree(old: dict, new: dict) -> None:
         is_new = name.endswith(".kind") and name not in kept_old
         if before != now and not is_new:
             raise UserError(f"{name} must stay {before!r} when a run is resumed, got {now!r}")
-
-
-def drop_after(folder: RunFolder, step: int) -> None:
-    """Delete what a run recorded after ``step`` (-1: everything): going on records it again.
-
-    The rows of metrics.csv are its logger's matter (``MetricsCSV.keep_until``).
-    """
-    for part in folder.sinks.glob("part-*.parquet"):
-        if _step_of(part.stem, "part-") > step:
-            part.unlink()
-    for table in folder.probes.glob("*/step_*.parquet"):
-        if _step_of(table.stem, "step_") > step:
-            table.unlink()
-    for kept in folder.last.parent.glob("step_*"):
-        if _step_of(kept.name, "step_") > step:
-            shutil.rmtree(kept)
-    # What a kill left half-written.
-    for half in folder.last.parent.glob(".step_*"):
-        shutil.rmtree(half)
-    for half in (*folder.path.glob(f"*{PARTIAL}*"), *folder.sinks.glob(f"*{PARTIAL}*")):
-        half.unlink()
-    folder.unfinished_last.unlink(missing_ok=True)
-
-
-def _step_of(name: str, prefix: str) -> int:
-    """The step in a name of ours; -1 for a name that isn't, which is left alone."""
-    match = re.fullmatch(prefix + r"(\d{8})", name)
-    return int(match[1]) if match else -1
 
 
 def stored_run_id(folder: RunFolder) -> str | None:

@@ -8,6 +8,8 @@ import torch
 
 from kernels.errors import UserError
 from train.config import RunConfig
+from train.going_on import way_on
+from train.run_folder import RunFolder
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Full, over a quota, over the size that a file may have."""
@@ -22,13 +24,19 @@ NO_MEMORY = (
 """What messages say that are no ``torch.OutOfMemoryError``: of the CPU, of other libraries."""
 
 
-def shortage(error: BaseException, config: RunConfig | None = None) -> UserError | None:
-    """What ran out, if ``error`` is about that, and which settings to lower; None if it isn't."""
+def shortage(
+    error: BaseException, config: RunConfig | None = None, folder: RunFolder | None = None
+) -> UserError | None:
+    """What ran out, if ``error`` is about that, and what to do; None if it isn't.
+
+    config, folder: of the run that it happened to, if it was one; what to do is about its settings
+    and about what it has kept.
+    """
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = f" at {error.filename}" if error.filename is not None else ""
         return UserError(
-            f"no room on the disk{where} ({error.strerror}); what was kept before is whole, and "
-            "with room again the same command with resume=true goes on from the last checkpoint"
+            f"no room on the disk{where} ({error.strerror}); what was kept before is whole. With "
+            f"room again, {'run the same command' if config is None else way_on(folder)}"
         )
     told = str(error)
     is_memory = (

@@ -23,8 +23,9 @@ def print_summary(
     run_seconds: float,
     *,
     is_proxy: bool,
+    brief: bool = False,
 ) -> None:
-    """Print the final figures of a run.
+    """Print the final figures of a run; if ``brief``, its losses and where it is, without a table.
 
     row: the latest value of every metric. run_seconds: all that the run took, the training steps'
     ``training_seconds`` included. is_proxy: masses are shares of weights that no softmax made, and
@@ -74,9 +75,10 @@ def print_summary(
         times = f"uniform {baseline:.3f}: {mass / baseline:.1f} times"
         add("first key's mass, non-trigger queries", "backcopy/non_trigger_mass", times)
         add("first key's mass, trigger queries", "backcopy/trigger_mass")
-    console.print()
-    console.print(table)
-    console.print()
+    if not brief:
+        console.print()
+        console.print(table)
+        console.print()
     speed = row.get("perf/tokens_per_second")
     pace = f", {speed / 1000:.1f}k tokens/s" if speed else ""
     lines = [
@@ -85,12 +87,16 @@ def print_summary(
         f"everything is in {folder.path}"
         + (f"; pictures in {folder.figures}" if folder.figures.is_dir() else ""),
     ]
-    wandb_runs = sorted((folder.path / "wandb").glob("*run-*"))
+    if brief:
+        loss, mass = (metrics.get(name) for name in ("val/canonical_loss", "probe/t64_text/mass"))
+        sink = "" if mass is None else f", first key's mass at T=64 {mass:.3f}{mark}"
+        lines = [f"{folder.path.name}: {lines[0]}; canonical loss {loss:.3f}{sink}"]
+    wandb_runs = [] if brief else sorted((folder.path / "wandb").glob("*run-*"))
     if wandb_runs:
         lines.append(
             f"look at the curves without an account: scripts/run wandb leet {wandb_runs[-1]}"
         )
-    if data.optimal_loss is None and row["tokens"] < SINK_EXPECTED_TOKENS:
+    if not brief and data.optimal_loss is None and row["tokens"] < SINK_EXPECTED_TOKENS:
         lines.append(
             f"no sink is expected from {row['tokens']:,} tokens of text: "
             "see experiment=bigram_backcopy for one that forms in CPU minutes"

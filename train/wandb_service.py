@@ -8,10 +8,13 @@ from typing import Any
 
 import wandb
 
-from train.privacy import PrivateRecords
+from train.privacy import PrivateFormatter, PrivateRecords
 
 FINISH_SECONDS = 300
 """How long the end of a run waits for W&B; what isn't uploaded then, ``wandb sync`` uploads."""
+
+STOP_SECONDS = 2
+"""How long the end of a run that a signal or an error stops waits for W&B."""
 
 LEAVE_SECONDS = 10
 """How long to wait for W&B once it has failed."""
@@ -38,6 +41,11 @@ def start_wandb(described: dict, mode: str) -> Any | None:
             return wandb.init(**described, mode=name, resume=resume, settings=quiet)
         except Exception as error:
             warn(f"W&B could not be started {name} ({told(error)}); {instead}")
+        finally:
+            # What passes by the filter: other loggers of W&B's, and tracebacks.
+            for handler in log.handlers:
+                if not isinstance(handler.formatter, PrivateFormatter):
+                    handler.setFormatter(PrivateFormatter(handler.formatter))
     return None
 
 

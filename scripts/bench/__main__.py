@@ -1,12 +1,17 @@
 """Whole training steps, statistics on and off, beside a plain PyTorch loop, in one process.
 
-    python -m scripts.bench [--presets gu60m barbero120m 1b] [--rounds N] [--rows R]
-                            [--json FILE] [overrides]
+    python -m scripts.bench                             gu60m, barbero120m and 1b on a GPU, minutes;
+                                                        cpu, a small model, without: a minute
+    python -m scripts.bench --presets default           the default run; on a CPU, 5 minutes
+    python -m scripts.bench --presets gu60m --json FILE tracking.statistics=full
 
 sinklab+stats is ``python -m train`` itself, sinklab the same with tracking.statistics=off, plain a
 compiled PyTorch loop with the faster of flash and cuDNN attention from the same weights on the same
 batches, and materialised is sinklab with the statistics got from written-out attention matrices
 every n steps. They take turns in bursts of whole log periods. docs/speed.md says how to read it.
+
+Overrides are those of python -m train. If losses of step --agree are more than --tolerance apart,
+the table is printed all the same, the preset isn't written to --json, and the exit code is 2.
 """
 
 import argparse
@@ -18,40 +23,59 @@ from typing import Any
 import torch
 
 from kernels.bench.environment import environment
-from kernels.errors import require
+from kernels.errors import UserError, require
 from scripts.bench.measure import Options, measure
 from scripts.bench.settings import PRESETS
 from scripts.bench.table import merged, read_entries, shown, written
 from train.launch import quiet
 from train.mistakes import exit_code
 
+ON_GPU, ON_CPU = ["gu60m", "barbero120m", "1b"], ["cpu"]
+"""What is timed without --presets. The models of the GPU's are out of a CPU's reach."""
+
 
 def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Options, presets and overrides of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench",
+        usage="%(prog)s [options] [overrides]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     names = ", ".join(PRESETS)
-    parser.add_argument("--presets", nargs="+", default=[], metavar="NAME", help=f"of {names}")
+    for_all = f"of {names}; by default {' '.join(ON_GPU)} on a GPU, {' '.join(ON_CPU)} without one"
+    parser.add_argument("--presets", nargs="+", default=[], metavar="NAME", help=for_all)
+    for name, told in (
+        ("rounds", "bursts of each contender"),
+        ("agree", "steps until losses are compared"),
+        ("every", "steps a materialised pass"),
+    ):
+        default = getattr(Options, name)
+        told = f"{told}; {default} by default"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=told)
     parser.add_argument(
-        "--rounds", type=int, default=Options.rounds, help="bursts of each contender"
-    )
-    parser.add_argument("--rows", type=int, help="rows of a micro-batch; the preset's by default")
-    parser.add_argument(
-        "--agree", type=int, default=Options.agree, help="steps until losses are compared"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=Options.tolerance, help="nats they may differ by"
+        "--tolerance",
+        type=float,
+        default=Options.tolerance,
+        metavar="NATS",
+        help=f"how far apart they may be; {Options.tolerance} by default",
     )
     parser.add_argument(
-        "--every", type=int, default=Options.every, help="steps a materialised pass"
+        "--rows", type=int, metavar="N", help="rows of a micro-batch; by default the preset's"
     )
-    parser.add_argument("--vocab-size", type=int, help="of the models; by default the tokenizer's")
-    parser.add_argument("--compile", action="store_true", help="the plain loop on a CPU too")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, or into it")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="of the models; by default the tokenizer's"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="the plain loop on a CPU too; by default it isn't"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the figures to this file, or into it; by default they are printed only",
+    )
     options, rest = parser.parse_known_args(arguments)
     # Overrides may follow the presets, which take all words up to the next option.
     words = [*options.presets, *rest]
@@ -61,9 +85,7 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
         known = word in overrides
         require(known, "an argument", "must be an option or an override NAME=VALUE", word)
     if not presets:
-        # A preset's model is out of a CPU's reach.
-        has_gpu = torch.cuda.is_available()
-        presets = ["gu60m", "barbero120m", "1b"] if has_gpu else ["default"]
+        presets = ON_GPU if torch.cuda.is_available() else ON_CPU
     for preset in presets:
         require(preset in PRESETS, "--presets", f"must be among {names}", preset)
     return options, presets, overrides
@@ -72,19 +94,24 @@ def parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[st
 def main(arguments: list[str]) -> None:
     """The command."""
     options, presets, overrides = parsed(arguments)
-    if options.json is not None:
-        folder = options.json.parent
-        require(folder.is_dir(), "--json", "must be in a folder that exists", str(options.json))
     quiet()
     settings = Options(**{field.name: getattr(options, field.name) for field in fields(Options)})
     kept: list[dict[str, Any]] = [] if options.json is None else read_entries(options.json)
     about = environment("scripts.bench")
+    all_apart = []
     for preset in presets:
-        entries = measure(preset, overrides, settings)
+        entries, apart = measure(preset, overrides, settings)
         print(shown(entries), flush=True)
-        kept = merged(kept, about, entries)
-        if options.json is not None:
+        all_apart += apart
+        if options.json is not None and not apart:
+            kept = merged(kept, about, entries)
             options.json.write_text(written(kept))
+    if all_apart:
+        raise UserError(
+            f"{'; '.join(all_apart)}: more than --tolerance {options.tolerance} nats apart after "
+            f"--agree {options.agree} steps: the figures above are of runs that don't train alike"
+            + ("" if options.json is None else f", and aren't written to {options.json}")
+        )
 
 
 if __name__ == "__main__":

@@ -64,32 +64,32 @@ class Options:
         require(valid, "--rows", "must be >= 1", self.rows)
 
 
-def measure(preset: str, overrides: list[str], options: Options) -> list[dict[str, Any]]:
-    """An entry for each contender, in the order of the table.
+def measure(
+    preset: str, overrides: list[str], options: Options
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """An entry for each contender, in the order of the table; and a line for each that doesn't
+    train as ``sinklab+stats`` does, whose entries compare what isn't the same.
 
-    Raises ``UserError`` for settings that can't be used, and AssertionError if the contenders don't
-    train the same.
+    Raises ``UserError`` for settings that can't be used.
     """
     with TemporaryDirectory(prefix="sinklab-bench-") as folder:
         bench = Bench(preset, overrides, options, Path(folder))
         with bench.ended():
-            return bench.measure()
+            return bench.measure(), bench.apart
 
 
-def agreement(losses: dict[str, list[float]], tolerance: float) -> list[str]:
-    """A line for each contender's latest loss beside ``sinklab+stats``'s of the same step.
-
-    Raises AssertionError if two are more than ``tolerance`` apart, or one is no number.
-    """
-    lines = []
+def agreement(losses: dict[str, list[float]], tolerance: float) -> tuple[list[str], list[str]]:
+    """A line for each contender's latest loss beside ``sinklab+stats``'s of the same step; and of
+    these the lines of those that are more than ``tolerance`` apart, or no numbers."""
+    lines, apart = [], []
     for name, theirs in losses.items():
         step, ours = len(theirs), losses[TRACKED][len(theirs) - 1]
         line = f"loss of step {step}: {TRACKED} {ours:.5f}, {name} {theirs[-1]:.5f}"
-        if not abs(theirs[-1] - ours) <= tolerance:
-            raise AssertionError(f"{line}: more than {tolerance} apart")
         if name != TRACKED:
             lines.append(line)
-    return lines
+        if not abs(theirs[-1] - ours) <= tolerance:
+            apart.append(line)
+    return lines, apart
 
 
 class Bench:
@@ -102,6 +102,7 @@ class Bench:
         self.before = GlobalSettings.now()
         self.peaks: dict[str, PeakMemory] = {}
         self.losses: dict[str, list[float]] = {}
+        self.apart: list[str] = []
         self.runs: dict[str, Fit | PlainRun] = {}
         self.calls: dict[str, Callable[[], None]] = {}
         self.overrides = bench_overrides(preset, overrides, options.rows)
@@ -147,8 +148,10 @@ class Bench:
         if self._can_be(PLAIN, check_plain):
             self._add_plain(weights)
             self._warm_up(PLAIN, self.options.agree)
-        for line in agreement(self.losses, self.options.tolerance):
+        lines, apart = agreement(self.losses, self.options.tolerance)
+        for line in lines:
             print(f"{self.preset}: {line}", flush=True)
+        self.apart = [f"{self.preset}: {line}" for line in apart]
 
         bursts = {name: 1 if name == MATERIALISED else self.period for name in self.calls}
         timings = interleaved(
@@ -246,7 +249,7 @@ class Bench:
             "implementation": name,
             "tokens_per_second": round(speed),
             "mfu": round(speed * flops / peak, 4) if peak else None,
-            "peak_gib": round(self.peaks[name].gib, 3),
+            "peak_gib": round(self.peaks[name].gib, 3) if self.device.type == "cuda" else None,
             "ms": round(timing.median, 3),
             "spread_ms": round(timing.spread, 3),
             "ratio_to_plain": ratio and round(ratio, 4),

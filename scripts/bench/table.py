@@ -1,10 +1,11 @@
 """Entries of the bench as a table and as JSON, one object a line."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from kernels.errors import UserError
+from kernels.errors import UserError, require
 
 Entry = dict[str, Any]
 
@@ -19,10 +20,10 @@ def shown(entries: list[Entry]) -> str:
         f"{'of plain':>10}{'first step':>12}",
     ]
     for entry in entries:
-        mfu, ratio = entry["mfu"], entry["ratio_to_plain"]
+        mfu, peak, ratio = entry["mfu"], entry["peak_gib"], entry["ratio_to_plain"]
         lines.append(
             f"{entry['implementation']:15}{entry['tokens_per_second']:10,}"
-            f"{'-' if mfu is None else f'{mfu:.3f}':>8}{entry['peak_gib']:10.2f}"
+            f"{'-' if mfu is None else f'{mfu:.3f}':>8}{'-' if peak is None else f'{peak:.2f}':>10}"
             f"{entry['ms']:10.2f}{entry['spread_ms']:8.2f}"
             f"{'-' if ratio is None else f'{ratio:.3f}':>10}"
             f"{entry['seconds_to_first_step']:10.1f} s"
@@ -43,20 +44,31 @@ def shown(entries: list[Entry]) -> str:
 def read_entries(path: Path) -> list[Entry]:
     """What a file of an earlier bench has; nothing if there is none.
 
-    Raises ``UserError`` for a file that is something else, which must not be overwritten.
+    Raises ``UserError`` for a file that is something else, which must not be overwritten, and for
+    what can't be written.
     """
+    require(path.parent.is_dir(), "--json", "must be in a folder that exists", str(path))
+    require(not path.is_dir(), "--json", "must be a file, not a folder", str(path))
+    writable = os.access(path if path.exists() else path.parent, os.W_OK)
+    require(writable, "--json", "must be a file that can be written", str(path))
     if not path.exists():
         return []
     try:
         entries = json.loads(path.read_text())
     except ValueError:
         entries = None
-    known = isinstance(entries, list) and all(
-        isinstance(e, dict) and ("environment" in e or "preset" in e) for e in entries
-    )
-    if not known:
+    if not (isinstance(entries, list) and all(map(_is_ours, entries))):
         raise UserError(f"--json must name a file of this bench or none yet, got {path}")
     return entries
+
+
+def _is_ours(entry: object) -> bool:
+    """Whether something in a file is an object of this bench, not of another's."""
+    if not isinstance(entry, dict):
+        return False
+    if "environment" in entry:
+        return isinstance(entry.get("presets"), list)
+    return "preset" in entry
 
 
 def merged(kept: list[Entry], environment: dict[str, Any], entries: list[Entry]) -> list[Entry]:

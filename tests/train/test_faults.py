@@ -41,6 +41,9 @@ def test_a_loss_that_is_no_number_stops_the_run(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert "NaN or infinity in the loss or gradients of step 5, rows 32 to 39" in line
     run = tmp_path / "run"
+    # A resumed run must keep its rate, so the way forward is another run.
+    way_on = "can't change when a run is resumed: start a new run (init_from="
+    assert way_on in line and f"init_from={run}@STEP" in line
     kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert kept[-1] == "step_00000004" and kept[-1] in line
     weights = load_file(run / "checkpoints" / kept[-1] / "model.safetensors")

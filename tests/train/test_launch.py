@@ -220,6 +220,8 @@ def test_a_failed_run_of_a_sweep_stops_no_other(cache_dir, tmp_path, launcher):
     done = sweep()
     assert done.returncode == 2, done.stderr
     assert f"run_dir must be a folder, got the file {place}" in done.stderr
+    assert "error: run 1 (debug=cpu " in done.stderr
+    assert "sweep    2 of 3 runs are finished, 1 failed" in done.stdout
     assert finished() == ["0", "2"]
     place.unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("[02]/metrics.csv")}
@@ -227,6 +229,15 @@ def test_a_failed_run_of_a_sweep_stops_no_other(cache_dir, tmp_path, launcher):
     assert done.returncode == 0, done.stderr
     assert finished() == ["0", "1", "2"]
     assert before and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_help_names_every_launcher(capsys):
+    from train.__main__ import command
+
+    assert command(["--help"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("hydra/launcher: ")]
+    presets = sorted(path.stem for path in Path(__file__).parents[2].glob("conf/hydra/launcher/*"))
+    assert line == f"hydra/launcher: {', '.join(presets)}"
 
 
 @pytest.mark.parametrize("launcher", ["machine", "slurm"])

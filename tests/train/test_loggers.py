@@ -75,6 +75,19 @@ def test_the_mode_is_decided_without_asking(monkeypatch, variable, logged_in, mo
     assert wandb_mode(LoggerConfig(wandb=WandbMode.disabled)) == "disabled"
 
 
+@pytest.mark.parametrize("setting", [WandbMode.auto, WandbMode.online])
+def test_a_login_that_the_server_does_not_answer_is_offline(monkeypatch, capsys, setting):
+    def login(prompt):
+        raise wandb.errors.AuthenticationError("Failed to authenticate with http://x: busy")
+
+    monkeypatch.setenv("WANDB_MODE", "online" if setting is WandbMode.auto else "")
+    monkeypatch.setattr(wandb, "login", login)
+    assert wandb_mode(LoggerConfig(wandb=setting)) == "offline"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: W&B can't be reached") and "the run is offline" in line
+    assert "http://x: busy" in line
+
+
 @pytest.mark.parametrize(
     ("variable", "setting", "message"),
     [

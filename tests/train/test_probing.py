@@ -11,11 +11,11 @@ from data.evaluation import ProbeKind
 from kernels.errors import UserError
 from scripts.probe import SHOWN, main
 from tests.huggingface_models import CONFIGS, save_model
+from train.going_on import drop_after
 from train.mistakes import exit_code
 from train.probes import PROBES
 from train.probes.inputs import TokenClass, probe_inputs, probe_set_sha256, token_classes
 from train.probes.of_runs import probe_run
-from train.run_folder import drop_after
 from train.runs import PROBE_COLUMNS, load_run
 
 

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from kernels.errors import UserError
+from train.going_on import drop_after, newest_weights, start_from_weights, way_on
 from train.run_folder import (
     RunFolder,
     arm_hash,
     arm_name,
-    drop_after,
     experiment_hash,
     open_run_folder,
     run_name,
@@ -104,6 +104,22 @@ def test_provenance_keeps_every_start(tmp_path):
     written = json.loads(folder.provenance.read_text())
     assert written == {"run_id": run_id, "starts": [{"n": 1}, {"n": 2}]}
     assert yaml.safe_load(folder.config.read_text()) == settings()
+
+
+def test_the_way_on_is_what_the_folder_has(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    assert "the same command begins again" in way_on(None) == way_on(folder)
+    write_run_files(folder, settings(), {})
+    assert way_on(folder).endswith("resume=true begins again")
+    folder.checkpoint(0).mkdir(parents=True)
+    # The first weights are what a new run begins with.
+    assert start_from_weights(folder) is None and way_on(folder).endswith("begins again")
+    folder.checkpoint(8).mkdir()
+    (folder.last.parent / "step_00000016_mine").mkdir()
+    assert newest_weights(folder) == folder.checkpoint(8)
+    assert f"begins again, init_from={folder.path}@8 with a new run_dir" in way_on(folder)
+    folder.last.touch()
+    assert way_on(folder) == f"resume=true goes on from the last checkpoint, {folder.last}"
 
 
 def test_what_lies_after_the_checkpoint_is_dropped(tmp_path):

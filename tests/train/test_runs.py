@@ -15,11 +15,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-PACKINGS = (
-    "causal,causal_document_bos,causal_pinned_bos,"
-    "document,document_document_bos,document_pinned_bos"
-)
-
 SMALL = ("packing.batch_tokens=512", "tracking.canonical_rows=2", "tracking.probe_rows=2")
 
 LONGER = (
@@ -87,56 +82,6 @@ def test_a_run_leaves_every_file_of_its_folder(train, tmp_path, capsys):
     assert table["step"].unique().tolist() == [1, 2, 3, 4]
     printed = capsys.readouterr().out
     assert "unigram entropy" in printed and "experiment=bigram_backcopy" in printed
-
-
-@pytest.mark.slow
-def test_the_six_packings_run_as_a_sweep(cache_dir, tmp_path, monkeypatch):
-    from train.__main__ import command
-
-    monkeypatch.chdir(tmp_path)
-    arguments = ["-m", f"packing={PACKINGS}", "debug=cpu", f"cache_dir={cache_dir}"]
-    assert command([*arguments, "trainer.max_steps=2", "corpus.unit=paragraphs"]) == 0
-    folders = {path.name: path for path in (tmp_path / "runs" / "default").iterdir()}
-    names = sorted(name.rsplit("-", 1)[0] for name in folders)
-    assert names == sorted(
-        f"packing={p}_debug=cpu_max_steps=2_unit=paragraphs" for p in PACKINGS.split(",")
-    )
-    assert len({metrics(folder)["train/loss"].iloc[-1] for folder in folders.values()}) == 6
-
-
-@pytest.mark.parametrize("runs", [3, pytest.param(12, marks=pytest.mark.slow)])
-def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
-    cache_dir, tmp_path, monkeypatch, capsys, runs
-):
-    from train.__main__ import command
-    from train.module import PretrainModule
-
-    step = PretrainModule.training_step
-
-    def fails(self, batch, batch_idx):
-        if torch.initial_seed() == 1 and self.trainer.global_step == 2:
-            raise RuntimeError("out of luck")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.chdir(tmp_path)
-    seeds = ",".join(map(str, range(runs)))
-    same = ["debug=cpu", f"cache_dir={cache_dir}", "trainer.max_steps=3", *SMALL]
-    sweep = ["-m", f"seed={seeds}", *same]
-    with monkeypatch.context() as failing:
-        failing.setattr(PretrainModule, "training_step", fails)
-        assert command(sweep) == 1
-    told = capsys.readouterr().err
-    assert "RuntimeError: out of luck" in told and "failed: seed=1 " in told
-    folders = {path.name[:7]: path for path in (tmp_path / "runs" / "default").iterdir()}
-    finished = {name for name, path in folders.items() if (path / "checkpoints/last.ckpt").exists()}
-    assert len(finished) == runs - 1 and "seed=1_" not in finished
-    before = {name: (folders[name] / "metrics.csv").stat() for name in finished}
-    assert command(sweep) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("finished before: ") == runs - 1 and shown.count("trained for") == 1
-    folders = {path.name[:7]: path for path in (tmp_path / "runs" / "default").iterdir()}
-    assert metrics(folders["seed=1_"])["step"].iloc[-1] == 3
-    assert before == {name: (folders[name] / "metrics.csv").stat() for name in finished}
 
 
 def check_resumed(train, tmp_path: Path, half: int, same: tuple[str, ...]) -> Path:

@@ -18,6 +18,7 @@ from models.checkpoints import save_model
 from train.callbacks.sink_monitor import SinkMonitor
 from train.callbacks.step_callback import StepCallback
 from train.callbacks.stopping import Stopping
+from train.going_on import start_from_weights
 from train.module import PretrainModule
 from train.run_folder import RunFolder, stored_run_id
 from train.sharding import whole_state
@@ -173,8 +174,11 @@ def check_state_file(folder: RunFolder, pl_module: PretrainModule, data: TokenDa
         data_state = state[type(data).__qualname__]
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     except Exception as error:
+        from_weights = start_from_weights(folder)
+        or_from_weights = "" if from_weights is None else f", or {from_weights}"
         raise UserError(
-            f"run_dir must hold an intact checkpoint to resume ({type(error).__name__}), got {path}"
+            "run_dir must hold an intact checkpoint to resume, got one that is damaged or no run's "
+            f"state: {path}. The same settings with a new run_dir begin again{or_from_weights}"
         ) from error
     whose = state.get("callbacks", {}).get(CheckpointSchedule.__qualname__, {}).get("run_id")
     ours = stored_run_id(folder)

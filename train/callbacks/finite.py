@@ -5,6 +5,7 @@ import lightning as L
 from models.batch import PackedBatch
 from train.callbacks.step_callback import StepCallback
 from train.callbacks.stopping import Stopping
+from train.going_on import newest_weights, start_from_weights
 from train.mistakes import KnownToAll
 from train.module import PretrainModule
 from train.run_folder import RunFolder
@@ -48,11 +49,14 @@ class FiniteCheck(StepCallback):
         if bad_step == 0:
             return
         rows = f"{(bad_step - 1) * self.rows_per_step} to {bad_step * self.rows_per_step - 1}"
-        kept = sorted(self.folder.last.parent.glob("step_*"))
-        last = f"{kept[-1]} is the last checkpoint" if kept else "no checkpoint was kept"
+        kept = newest_weights(self.folder)
+        last = "no weights were kept" if kept is None else f"{kept} has the last weights kept"
+        # Not from the last: they may be of the way there already.
+        start = f"init_from={self.folder.path}@STEP starts one from weights of before it diverged"
+        branch = "" if start_from_weights(self.folder) is None else f" ({start})"
         # The norm is over the gradients of all ranks, so all stop here.
         raise KnownToAll(
             f"training stopped: NaN or infinity in the loss or gradients of step {bad_step}, rows "
             f"{rows} of the stream; {last}. A lower optimizer.lr or longer schedule.warmup_steps "
-            "may help"
+            f"may help, but can't change when a run is resumed: start a new run{branch}"
         )

@@ -20,7 +20,8 @@ from train.run_folder import RunFolder
 class RunCallbacks:
     """``ordered``: measure, write the row, then checkpoint; ``validation`` and ``rows`` among them.
 
-    wandb_logger, run_id: None where there is none, as on all ranks but the first.
+    wandb_logger, run_id: None where there is none, as on all ranks but the first. brief: less of
+    what one sees.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class RunCallbacks:
         wandb_logger: WandbRun | None,
         stopping: Stopping,
         run_id: str | None,
+        brief: bool = False,
     ):
         tracking, max_steps = config.tracking, config.trainer.max_steps
         sinks = None
@@ -49,6 +51,8 @@ class RunCallbacks:
             None if wandb_logger is None else HeadMaps(self.validation, wandb_logger),
             self.rows,
             CheckpointSchedule(tracking, folder, max_steps, sinks, stopping, run_id),
-            ProgressDisplay(console, self.rows, max_steps) if config.trainer.progress else None,
+            ProgressDisplay(console, self.rows, max_steps, brief=brief)
+            if config.trainer.progress
+            else None,
         ]
         self.ordered: list[L.Callback] = [c for c in callbacks if c is not None]

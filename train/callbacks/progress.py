@@ -14,6 +14,9 @@ from train.module import PretrainModule
 LINES = 20
 """Lines printed over a run where there is no terminal."""
 
+FEW_LINES = 4
+"""The same over one of a sweep's runs."""
+
 
 class ProgressDisplay(StepCallback):
     """Step, loss, tokens a second, and the first key's mass beside its uniform baseline.
@@ -21,16 +24,17 @@ class ProgressDisplay(StepCallback):
     Reads the latest written row only, so it never waits for the device.
     """
 
-    def __init__(self, console: Console, rows: RowWriter, max_steps: int):
+    def __init__(self, console: Console, rows: RowWriter, max_steps: int, *, brief: bool = False):
         self.console = console
         self.rows = rows
         self.max_steps = max_steps
+        self.num_lines = FEW_LINES if brief else LINES
         self.bar: Progress | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         if not trainer.is_global_zero:
             return
-        self.lines_done = trainer.global_step * LINES // self.max_steps
+        self.lines_done = trainer.global_step * self.num_lines // self.max_steps
         self.start = time.perf_counter()
         if self.console.is_terminal:
             self.bar = Progress(
@@ -53,8 +57,8 @@ class ProgressDisplay(StepCallback):
             return
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=self.figures())
-        elif step * LINES // self.max_steps > self.lines_done:
-            self.lines_done = step * LINES // self.max_steps
+        elif step * self.num_lines // self.max_steps > self.lines_done:
+            self.lines_done = step * self.num_lines // self.max_steps
             seconds = time.perf_counter() - self.start
             line = f"step {step}/{self.max_steps}  {self.figures()}  {seconds:.0f} s"
             self.console.print(line, highlight=False, soft_wrap=True)

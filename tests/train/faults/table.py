@@ -56,6 +56,11 @@ STOPS = {
     "SIGUSR1 of sbatch --signal": Stop(signalled(10, USR1), 138, 5, "stopped by SIGUSR1: step 5"),
     "Ctrl-C": Stop(signalled(10, INT), 130, 5, "stopped by SIGINT: step 5"),
     "Ctrl-C twice": Stop(signalled(10, INT, INT), 130, 3, "resume=true goes on from the last"),
+    "Ctrl-C twice before a state": Stop(
+        signalled(4, INT, INT),
+        *(130, None, "interrupted: there is no last.ckpt to go on from yet: resume=true begins"),
+        False,
+    ),
     "NaN loss": Stop(bad_loss(float("nan")), 2, 6, "NaN or infinity in the loss"),
     "infinite loss": Stop(bad_loss(float("inf")), 2, 6, "of step 7, rows 24 to 27"),
     "GPU memory": Stop(
@@ -64,10 +69,12 @@ STOPS = {
     ),
     "CPU memory": Stop(raising(3, CPU_MEMORY), 2, None, "packing.context (now 128)", False),
     "full disk at the first state": Stop(
-        full_while_writing("last.tmp", 1, 2000), 2, None, "no room on the disk at {run}/checkp"
+        full_while_writing("last.tmp", 1, 2000),
+        *(2, None, "resume=true begins again, init_from={run}@2 with a new run_dir starts from"),
     ),
     "full disk at the second state": Stop(
-        full_while_writing("last.tmp", 2, 2000), 2, 3, "/last.tmp (No space left on device)", False
+        full_while_writing("last.tmp", 2, 2000),
+        *(2, 3, "resume=true goes on from the last checkpoint, {run}/checkpoints/last.ckpt", False),
     ),
     "full disk at the third fsync": Stop(full_at_sync(3), 2, None, "no room on the disk at {run}"),
     "full disk at a later fsync": Stop(full_at_sync(18), 2, 3, "no room on the disk at {run}"),
