@@ -41,7 +41,7 @@ def test_it_makes_what_training_looks_for(settings, tmp_path, capsys, monkeypatc
     ("override", "message"),
     [
         ("corpus.paths=[/no/such/file]", "corpus.paths must match at least one file"),
-        ("corpus.no_such=1", "Could not override 'corpus.no_such'"),
+        ("corpus.no_such=1", "there is no setting corpus.no_such"),
         ("--processes=0", "--processes must be >= 1, got 0"),
     ],
 )
