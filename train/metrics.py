@@ -76,7 +76,7 @@ class SinkTotals:
         """Add one batch: statistics and masks by layer; the rest as in ``layer_sums``.
 
         Layers that share a mask are reduced in one go, as if their heads were one layer's.
-        sums_of: what reduces them, ``layer_sums`` compiled; None for itself.
+        sums_of: what reduces them, ``layer_sums`` compiled; None for ``layer_sums`` as it is.
         """
         sums_of = sums_of or layer_sums
         by_mask: dict[int, list[int]] = {}
@@ -106,14 +106,17 @@ class SinkTotals:
                     total[index] += of_layer
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> "SinkTotals":
-        """Totals over all ranks, on the CPU; the device is waited for once."""
+        """Totals over all ranks, on the CPU; the device is waited for once.
+
+        All ranks have sums of the same kinds, which follow from the rows' length and the settings.
+        """
         tensors = [value for sums in self.sums.values() for value in vars(sums).values()]
         if not tensors:
             return SinkTotals(self.num_layers)
         flat = all_reduce(torch.cat([value.flatten() for value in tensors])).cpu()
         parts = iter(flat.split([value.numel() for value in tensors]))
         sums = {
-            kind: sums.map(lambda value: next(parts).view(value.shape))
+            kind: sums.map(lambda value: next(parts).view(value.shape).to(value.dtype))
             for kind, sums in self.sums.items()
         }
         return SinkTotals(self.num_layers, sums)

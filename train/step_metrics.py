@@ -93,8 +93,11 @@ def norm_ratios(parts: list[StepPart]) -> dict[str, float]:
 
 
 def _median(value_XL: Tensor) -> Tensor:
-    """The lower median over X. By sorting: a median along an axis isn't deterministic on GPUs."""
-    return value_XL.T.sort(dim=-1).values[:, (len(value_XL) - 1) // 2]
+    """The lower median over X, NaN if any value is. By sorting, which puts NaN last: a median along
+    an axis isn't deterministic on GPUs."""
+    sorted_LX = value_XL.T.sort(dim=-1).values
+    last_L = sorted_LX[:, -1]
+    return torch.where(last_L.isnan(), last_L, sorted_LX[:, (len(value_XL) - 1) // 2])
 
 
 def step_norms(layers: tuple[LayerRecord, ...]) -> dict[str, Tensor]:

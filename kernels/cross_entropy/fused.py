@@ -61,18 +61,20 @@ def cross_entropy_kernel(
         total = tl.sum(total_K * tl.exp2((largest_K - largest) * LOG2_E), 0)
         # A label without a logit: NaN loss and gradients, for which training stops.
         total = tl.where(label < vocab_size, total, float("nan"))
-        log_sum = largest * LOG2_E + tl.log2(total)
-        tl.store(losses_n + row, log_sum * LN_2 - label_logit)
+        log2_total = tl.log2(total)
+        # The logits' difference first: a sure prediction's loss is far below their rounding.
+        tl.store(losses_n + row, log2_total * LN_2 + (largest - label_logit))
         if WITH_GRADIENT:
+            log2_sum = largest * LOG2_E + log2_total
             tl.debug_barrier()
             for start in range(0, padded_size, TILE):
                 at = start + columns
                 # Nobody needs them again: the cache is for rows between their two passes.
                 x_V = _logits(logits_V, at, vocab_size, padded_size, "evict_first")
-                gradient_V = tl.exp2(x_V * LOG2_E - log_sum)
+                gradient_V = tl.exp2(x_V * LOG2_E - log2_sum)
                 tl.store(logits_V + at, gradient_V, at < padded_size, eviction_policy="evict_first")
             tl.debug_barrier()
-            gradient = tl.exp2(label_logit * LOG2_E - log_sum) - 1.0
+            gradient = tl.exp2((label_logit - largest) * LOG2_E - log2_total) - 1.0
             tl.store(logits_V + label, gradient, label < vocab_size)
 
 

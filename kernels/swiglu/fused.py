@@ -58,7 +58,7 @@ def fused_swiglu(x_NP: Tensor) -> Tensor:
     x_NP = x_NP.contiguous()
     y_NF = _half(x_NP)
     width = y_NF.shape[-1]
-    _launch(forward_kernel, x_NP, y_NF, num_rows=y_NF[..., 0].numel(), width=width)
+    _launch(forward_kernel, x_NP, y_NF, num_rows=y_NF.shape[:-1].numel(), width=width)
     return y_NF
 
 
@@ -72,7 +72,7 @@ def _backward(dy_NF: Tensor, x_NP: Tensor) -> Tensor:
     dy_NF, x_NP = dy_NF.contiguous(), x_NP.contiguous()
     dx_NP = _like(dy_NF, x_NP)
     width = dy_NF.shape[-1]
-    rows = dy_NF[..., 0].numel()
+    rows = dy_NF.shape[:-1].numel()
     _launch(backward_kernel, dy_NF, x_NP, dx_NP, num_rows=rows, width=width)
     return dx_NP
 

@@ -42,11 +42,24 @@ def test_output_and_gradient_are_those_of_fp64(implementation):
 
 
 @INTERPRETED
-def test_without_a_token_there_is_nothing():
-    x = torch.zeros(0, 8, requires_grad=True)
-    y = swiglu(x, implementation="triton")
+def test_without_a_token_or_a_width_there_is_nothing():
+    for shape in ((0, 8), (2, 0, 8), (3, 0)):
+        x = torch.zeros(shape, requires_grad=True)
+        y = swiglu(x, implementation="triton")
+        y.sum().backward()
+        assert y.shape == (*shape[:-1], shape[-1] // 2) and x.grad.shape == shape
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning:triton.runtime.interpreter")
+def test_what_is_no_number_stays_none(implementation):
+    """And gates far below zero let nothing through, neither way."""
+    x = torch.tensor([[float("nan"), 2.0], [2.0, float("inf")], [-200.0, 2.0]], requires_grad=True)
+    y = swiglu(x, implementation=implementation)
     y.sum().backward()
-    assert y.shape == (0, 4) and x.grad.shape == (0, 8)
+    assert y[0].isnan() and x.grad[0].isnan().all()
+    assert y[1].isinf() and x.grad[1, 0].isinf()
+    assert y[2] == 0 and not x.grad[2].any()
 
 
 @INTERPRETED
@@ -57,6 +70,9 @@ def test_the_operators_keep_their_promises():
     asked = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(fused.fused_swiglu, (x.requires_grad_(),), test_utils=asked)
     torch.library.opcheck(fused._backward, (dy, x.detach()), test_utils=asked)
+    (dx,) = torch.autograd.grad(fused.fused_swiglu(x), x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(dx.sum(), x)
 
 
 def test_refusals(monkeypatch):

@@ -225,3 +225,23 @@ def test_sums_compile_without_a_graph_break():
         for kind, sums in wanted.items():
             for name, value in vars(sums).items():
                 torch.testing.assert_close(vars(found[kind])[name], value)
+
+
+def test_totals_over_ranks_keep_dtypes_and_are_no_part_of_what_goes_on():
+    """Sums of fp64 statistics have fp32 baselines; a run that is resumed must sum as before."""
+    document_BT, begins_BT = documents(70, 90)
+    mask = IntervalMask.from_documents(document_BT)
+    q_BTHD = torch.randn(1, 160, 3, 8, dtype=torch.float64)
+    totals = SinkTotals(1)
+    for _ in range(2):
+        totals.add([sink_attention(q_BTHD, q_BTHD, q_BTHD, mask).statistics], [mask], begins_BT, 4)
+    reduced = totals.reduce(lambda value: 2 * value)
+    assert reduced.sums["first"].alpha.dtype == torch.float64
+    for kind, sums in totals.sums.items():
+        for name, value in vars(sums).items():
+            found = vars(reduced.sums[kind])[name]
+            torch.testing.assert_close(found, 2 * value, rtol=0, atol=0)
+            before = value.clone()
+            found.fill_(-1)
+            assert torch.equal(value, before)
+    assert SinkTotals(1).reduce(lambda value: 1 / 0).sums == {}

@@ -1,5 +1,6 @@
 """Norm ratios against loops over the tokens."""
 
+import math
 import statistics
 
 import pytest
@@ -60,6 +61,16 @@ def test_ratios_are_those_of_loops_over_tokens():
             wanted = statistics.mean(of_rows) / statistics.median_low(ordinary_of_rows)
             assert found[f"norm_first/{key}"] == pytest.approx(wanted, rel=1e-5)
     assert len(found) == 8
+
+
+@pytest.mark.parametrize("place", [40, 60])
+def test_a_norm_that_is_no_number_makes_its_ratios_none(place):
+    """That of a document's first token, which the row has for an ordinary one, or of another."""
+    made, _ = part(0)
+    made.norms["massive_ratio"][0, place, 1] = float("nan")
+    found = norm_ratios([made])
+    lost = {name for name, ratio in found.items() if math.isnan(ratio)}
+    assert lost == {f"{prefix}/massive_ratio/layer_01" for prefix in ("norm", "norm_first")}
 
 
 def test_a_step_without_a_long_document_has_the_rows_ratios_alone():

@@ -38,11 +38,11 @@ EMERGENCE = Finding(
     ),
     source="arXiv 2410.10781, Fig. 4 and 28; 2606.02378 for layers; one seed each",
     setting=(
-        "the baseline without a BOS, as in the paper (here for four times the steps: its sink is "
-        "slow), and with a pinned BOS; onset: the first "
-        "record from which the excess mass stays at or above half of its final value and more than "
-        "two heads stay above 0.3 (train/onset.py), with its distance to the record before and a "
-        "95 % interval over heads"
+        "the baseline without a BOS, as in the paper (with the budget minutes for four times the "
+        "steps: its sink is slow), and with a pinned BOS; onset: the first record from which the "
+        "excess mass stays at or above half of its final value and more than two heads "
+        "stay above 0.3 (train/onset.py), with its distance to the record before and a 95 % "
+        "interval over heads"
     ),
     aggregation=f"{RATE}; curves by step: the rows trained on, their first 64 queries",
     arms=arms("trainer.max_steps=6000"),
