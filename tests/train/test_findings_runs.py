@@ -20,6 +20,10 @@ from train.findings.measures import CURVES, Record
 TINY = ("trainer.max_steps=3", "tracking.validate_every=1", "model.num_heads=4")
 
 
+WRITTEN = {"packing.fixed_position", "packing.random_positions"}
+"""Settings of arms whose records have curves by position too."""
+
+
 @pytest.fixture
 def reproduce(cache_dir, tmp_path):
     """``reproduce("noise", ...)`` at budget cpu in folders of its own; returns the exit code."""
@@ -147,8 +151,10 @@ def test_every_finding_runs_and_has_the_measures_it_asks_for(reproduce, tmp_path
         record = Record.from_json(path)
         measured |= set(record.values)
         assert {"text/excess", "bos_text/excess", "canonical_loss"} <= set(record.curves)
+        written = {f"rows/mass_{where}_{p}" for where in ("at", "beside") for p in range(3)}
         assert set(record.curves) - {"step", "tokens"} <= {
             *CURVES,
+            *(written if WRITTEN & record.settings.keys() else ()),
             *(f"{kind}/layer_{layer:02d}" for kind in ("excess", "rate_030") for layer in range(2)),
         }
         # Nothing a slot's but where there is one; documents' keys only where there is such.
