@@ -181,6 +181,7 @@ def test_every_arm_composes_at_minutes_and_at_the_papers_size(name, arm):
             assert settings["packing"]["context"] == (1024 if budget.name == "minutes" else 2048)
 
 
+@pytest.mark.slow
 def test_a_context_is_cut_to_what_another_arm_sees(cache_dir):
     finding, budget = FINDINGS["packing"], BUDGETS["cpu"]
     places = (f"cache_dir={cache_dir}", "corpus.unit=paragraphs")

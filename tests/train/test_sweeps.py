@@ -28,7 +28,7 @@ def test_the_six_packings_run_as_a_sweep(cache_dir, tmp_path, monkeypatch):
     assert len({metrics(folder)["train/loss"].iloc[-1] for folder in folders.values()}) == 6
 
 
-@pytest.mark.parametrize("runs", [3, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
     cache_dir, tmp_path, monkeypatch, capsys, runs
 ):
