@@ -1,4 +1,4 @@
-"""What both attentions ask of their arguments, and where their Triton kernels can run.
+"""What both attentions ask of their arguments, and where Triton kernels can run.
 
 Axes: B rows of the batch, T query and key positions, H query heads, G key/value heads, D query/key
 head dim, E value head dim.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.statistics import StatisticsLevel
-from kernels.errors import require
+from kernels.errors import UserError, require
 from kernels.masks import DenseMask, IntervalMask
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,6 +29,9 @@ MAX_HEAD_DIM = 256
 
 MAX_PROGRAMS = 2**16 - 1
 """Rows x heads that the Triton kernels take: CUDA's limit on a grid's second axis."""
+
+TENSOR_IMPLEMENTATIONS = ("auto", "triton", "reference")
+"""Of the functions of one tensor: the loss and the gate."""
 
 # Read once: compiled code can't iterate over an enumeration in every supported PyTorch.
 _LEVELS = {level.value: level for level in StatisticsLevel}
@@ -60,8 +63,23 @@ def why_not_triton(
     return None
 
 
-def why_no_kernel(x: Tensor) -> str | None:
-    """Why Triton can't compute with this tensor, None if it can."""
+def takes_triton(implementation: str, x: Tensor) -> bool:
+    """Whether the Triton kernels of a function of one tensor are to compute it: where they are
+    asked for by name, and by ``auto`` on GPUs.
+
+    Raises ``UserError`` for an implementation that doesn't exist or can't run.
+    """
+    known = implementation in TENSOR_IMPLEMENTATIONS
+    allowed = f"must be one of {', '.join(TENSOR_IMPLEMENTATIONS)}"
+    require(known, "implementation", allowed, implementation)
+    refusal = _why_not_triton_on(x)
+    if implementation == "triton" and refusal:
+        raise UserError(f"implementation triton can't run {refusal}; use reference")
+    is_asked = implementation == "triton" or (implementation == "auto" and x.is_cuda)
+    return is_asked and refusal is None
+
+
+def _why_not_triton_on(x: Tensor) -> str | None:
     if not HAS_TRITON:
         return "without the package triton"
     if not x.is_cuda and not INTERPRETED:
@@ -69,7 +87,7 @@ def why_no_kernel(x: Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{x.dtype}"
     if INTERPRETED and x.dtype != torch.float32:
-        # CPUs have no product that sums these in fp32, and the interpreter gets bf16 wrong.
+        # CPUs have no product that sums 16 bits in fp32, and the interpreter gets bf16 wrong.
         return f"{x.dtype} in Triton's interpreter"
     return None
 

@@ -8,12 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import checks
-from kernels.errors import UserError, require
+from kernels.errors import require
 
 IGNORE_LABEL = -100
 """Label of a position that takes no loss (the default of ``torch.nn.functional.cross_entropy``)."""
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 def linear_cross_entropy(
@@ -40,12 +38,6 @@ def linear_cross_entropy(
     Raises ``UserError`` for an implementation that doesn't exist or can't run, and for shapes that
     don't fit.
     """
-    require(
-        implementation in IMPLEMENTATIONS,
-        "implementation",
-        f"must be one of {', '.join(IMPLEMENTATIONS)}",
-        implementation,
-    )
     if vocab_size is None:
         vocab_size = len(weight_VC)
     has_rows = 1 <= vocab_size <= len(weight_VC)
@@ -54,11 +46,7 @@ def linear_cross_entropy(
     fits = labels_N.shape == x_NC.shape[:1] and labels_N.dtype == torch.int64
     rule = f"must be int64 of shape [{len(x_NC)}], one a token"
     require(fits, "labels_N", rule, f"{labels_N.dtype} {list(labels_N.shape)}")
-    refusal = checks.why_no_kernel(x_NC)
-    if implementation == "triton" and refusal:
-        raise UserError(f"implementation triton can't run {refusal}; use reference")
-    is_reference = refusal or (implementation == "auto" and not x_NC.is_cuda)
-    if implementation == "reference" or is_reference:
+    if not checks.takes_triton(implementation, x_NC):
         with torch.autocast(x_NC.device.type, enabled=False):
             return _reference(x_NC, weight_VC, labels_N, vocab_size)
     # Triton is imported where it is used: machines without it have the reference.

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import checks
-from kernels.errors import UserError, require
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+from kernels.errors import require
 
 
 def swiglu(x_P: Tensor, *, implementation: str = "auto") -> Tensor:
@@ -22,13 +20,8 @@ def swiglu(x_P: Tensor, *, implementation: str = "auto") -> Tensor:
 
     Raises ``UserError`` for an implementation that doesn't exist or can't run, and for an odd axis.
     """
-    allowed = f"must be one of {', '.join(IMPLEMENTATIONS)}"
-    require(implementation in IMPLEMENTATIONS, "implementation", allowed, implementation)
     require(x_P.shape[-1] % 2 == 0, "x_P", "must end in an even axis", list(x_P.shape))
-    refusal = checks.why_no_kernel(x_P)
-    if implementation == "triton" and refusal:
-        raise UserError(f"implementation triton can't run {refusal}; use reference")
-    if implementation == "reference" or refusal or (implementation == "auto" and not x_P.is_cuda):
+    if not checks.takes_triton(implementation, x_P):
         gate_F, up_F = x_P.chunk(2, dim=-1)
         return F.silu(gate_F) * up_F
     # Triton is imported where it is used: machines without it have the reference.

@@ -52,7 +52,7 @@ class SinkMonitor(StepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.alpha_kind = pl_module.decoder.alpha_kind
         if pl_module.compiled is not Compile.nothing and pl_module.device.type == "cuda":
-            # Two hundred small kernels a micro-batch otherwise, 2 % of a step.
+            # Some two hundred small kernels a micro-batch otherwise.
             self.sums_of = torch.compile(layer_sums, dynamic=False)
         # Sums from a checkpoint come back on the CPU; they are those of all ranks.
         share = 1 if is_first() else 0

@@ -9,12 +9,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+from train.gpus import VISIBLE, visible_gpus
 
 THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 """Variables that say how many threads or compiling helpers a process has: one a core by default."""
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def start(command: Sequence[str], log: Path, *, slot: int, jobs: int) -> subprocess.Popen:
@@ -35,8 +33,7 @@ def environment(slot: int, jobs: int) -> dict[str, str]:
     share = max(1, (os.cpu_count() or 1) // jobs)
     for name in THREADS:
         told.setdefault(name, str(share))
-    gpus = told[VISIBLE].split(",") if told.get(VISIBLE) else []
-    gpus = gpus or [str(index) for index in range(torch.cuda.device_count())]
+    gpus = visible_gpus()
     if len(gpus) > 1:
         told[VISIBLE] = gpus[slot % len(gpus)]
     return told
