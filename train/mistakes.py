@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from kernels.errors import UserError
@@ -56,6 +56,9 @@ def in_one_line(error: Exception) -> str:
     text, cause = str(error), error.__cause__
     if isinstance(error, OverrideParseException):
         text = f"override {error.override!r} can't be parsed: {error.message}"
+    elif isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group} must be one of {', '.join(error.options)}, got {choice!r}"
     elif isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_setting(cause)
     elif isinstance(cause, OmegaConfBaseException):

@@ -34,8 +34,11 @@ WRONG_SETTINGS = {
         "there is no setting packing.contxt; did you mean packing.context?",
     ),
     "added section": (["+trackng.every=1"], "there is no setting trackng; did you mean tracking?"),
-    "unknown choice": (["attention=sofmax"], "attention/sofmax"),
-    "unknown experiment": (["experiment=nothing"], "experiment/nothing"),
+    "unknown choice": (["attention=sofmax"], "v_bias, got 'sofmax'"),
+    "unknown experiment": (
+        ["experiment=nothing"],
+        "error: experiment must be one of barbero120m, ",
+    ),
     "wrong type": (
         ["optimizer.lr=fast"],
         "error: optimizer.lr=fast: Value 'fast' of type 'str' could not be converted to Float",
