@@ -222,6 +222,8 @@ class Bench:
             start = time.perf_counter()
             losses = run.losses(1)
             run.seconds_to_first_step += time.perf_counter() - start
+            line = f"{name}: first step after {run.seconds_to_first_step:.0f} s"
+            print(f"{self.preset}: {line}", flush=True)
             losses += run.losses(max(steps, WARM_UP) - 1)
         self.losses[name] = losses
 
