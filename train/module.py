@@ -101,13 +101,18 @@ class PretrainModule(L.LightningModule):
 
     @contextmanager
     def outside_training(self) -> Iterator[None]:
-        """Time spent in here (validation, checkpoints) is not the training's."""
+        """Time spent in here (validation, checkpoints) is not the training's; nothing is compiled.
+
+        A compiled block would be compiled for every shape and mask of the evaluation, seconds each,
+        and beyond the compiler's limit of variants it would no more be compiled for training.
+        """
         if self.device.type == "cuda":
             # Training steps still queued on the device are the training's.
             torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             self.seconds_outside += time.perf_counter() - start
 
