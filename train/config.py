@@ -7,6 +7,7 @@ variant needs no YAML: its file and its line in the dictionary make it a choice 
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import hydra
@@ -125,8 +126,9 @@ class RunConfig:
             require(0 <= value < 2**31, name, "must be in [0, 2**31)", value)
 
 
+@cache
 def register_configs() -> None:
-    """Tell Hydra's ConfigStore about every section and variant; may be called more than once."""
+    """Tell Hydra's ConfigStore about every section and variant; once is enough."""
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     store.store(group="packing", name="base", node=PackingConfig)
