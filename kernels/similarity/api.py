@@ -7,6 +7,7 @@ heads (H is a multiple of G), D query/key head dim, E value head dim.
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ def similarity_attention(
     similarity: Similarity | str,
     normalize: Normalize | str,
     scale: float | None = None,
+    bias: float = 0.0,
     slopes_H: Tensor | None = None,
     statistics: StatisticsLevel | str = StatisticsLevel.basic,
     key_mass_tap_BHS: Tensor | None = None,
@@ -68,7 +70,7 @@ def similarity_attention(
 ) -> SimilarityOutput:
     """Attention under ``mask`` with weights that no softmax makes (arXiv 2410.10781).
 
-        x_ij = scale q_i.k_j - slope (i - j)        out_i = sum_j f(x_ij) v_j / N_i
+        x_ij = scale q_i.k_j + bias - slope (i - j)        out_i = sum_j f(x_ij) v_j / N_i
 
     over the keys j that query i sees; query head h reads key/value head h // (H / G).
 
@@ -98,7 +100,7 @@ def similarity_attention(
 
         sum_k key_mass = number of queries with sum_j abs(f) > 0      for each row and head.
 
-    scale: factor of q.k; D**-0.5 if it is None.
+    scale: factor of q.k; D**-0.5 if it is None. bias: added to every score.
     slopes_H: ALiBi, adds -slope (i - j) to the score.
     key_mass_tap_BHS: a leaf of zeros that requires a gradient; key mass is then its gradient after
         the backward pass, and ``statistics.key_mass_BHS`` is None.
@@ -113,10 +115,13 @@ def similarity_attention(
     check_slopes(slopes_H, q_BTHD)
     check_tap(key_mass_tap_BHS, q_BTHD, level)
     scale = checked_scale(scale, q_BTHD)
+    is_number = isinstance(bias, int | float) and math.isfinite(bias)
+    require(is_number, "attention.bias", "must be a finite number", bias)
     arguments = {
         "similarity": similarity,
         "normalize": normalize,
         "scale": scale,
+        "bias": float(bias),
         "slopes_H": slopes_H,
         "level": level,
     }

@@ -34,6 +34,7 @@ def reference_similarity(
     similarity: Similarity,
     normalize: Normalize,
     scale: float,
+    bias: float,
     slopes_H: Tensor | None,
     level: StatisticsLevel,
 ) -> tuple[Tensor, Tensor, Statistics | None, Tensor]:
@@ -41,7 +42,7 @@ def reference_similarity(
     q_BHTD, k_BHSD, v_BHSE = by_head(q_BTHD, k_BTGD, v_BTGE)
     dtype = q_BHTD.dtype
 
-    x_BHTS = scale * (q_BHTD @ k_BHSD.mT)
+    x_BHTS = scale * (q_BHTD @ k_BHSD.mT) + bias
     if slopes_H is not None:
         position_T = torch.arange(q_BTHD.shape[1], device=q_BTHD.device)
         distance_TS = position_T[:, None] - position_T

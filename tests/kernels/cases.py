@@ -78,6 +78,7 @@ class Case:
     null: str = ""
     slopes: bool = False
     buckets: int = 0
+    bias: float = 0.0
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Leaves with gradients, by argument name; scores of a few units, so P is far from flat.

@@ -65,7 +65,7 @@ def by_definition(case: Case, kind: tuple[str, str], leaves: dict[str, Tensor]) 
                 if not len(keys):
                     out.append(0 * v[b, i, g])
                     continue
-                x = k[b, keys, g] @ q[b, i, h] * D**-0.5
+                x = k[b, keys, g] @ q[b, i, h] * D**-0.5 + case.bias
                 if case.slopes:
                     x = x - leaves["slopes_H"][h] * (i - keys)
                 f, summed = weigh(x, similarity)
@@ -119,6 +119,7 @@ def run(
         mask=case.mask.to(device),
         similarity=kind[0],
         normalize=kind[1],
+        bias=case.bias,
         **settings,
     )
     found = gradients(output.out_BTHE, list(leaves.values()))
@@ -137,7 +138,7 @@ def plain(case: Case, kind: tuple[str, str], dtype: torch.dtype, device: str = "
     q_BHTD, k_BHSD, v_BHSE = (leaves[name].transpose(1, 2) for name in list(leaves)[:3])
     k_BHSD, v_BHSE = (x.repeat_interleave(case.H // case.G, dim=1) for x in (k_BHSD, v_BHSE))
     visible_B1TS = case.mask.dense_BTS()[:, None].to(device)
-    f_BHTS, summed_BHTS = weigh((q_BHTD @ k_BHSD.mT) * case.D**-0.5, kind[0])
+    f_BHTS, summed_BHTS = weigh((q_BHTD @ k_BHSD.mT) * case.D**-0.5 + case.bias, kind[0])
     f_BHTS, summed_BHTS = f_BHTS * visible_B1TS, summed_BHTS * visible_B1TS
     sum_BHT1 = summed_BHTS.sum(-1, keepdim=True)
     if kind[1] == "sum":

@@ -73,6 +73,7 @@ WRONG = {
         {"slopes_H": torch.zeros(3)},
         "attention.slopes must have shape (4,), got (3,)",
     ),
+    "bias": ({"bias": float("inf")}, "attention.bias must be a finite number, got inf"),
     "tap": (
         {"key_mass_tap_BHS": torch.zeros(B, H, 8)},
         "attention.key_mass_tap must have shape (2, 4, 9), got (2, 4, 8)",
@@ -298,13 +299,13 @@ def test_the_operators_pass_pytorchs_own_checks(kind, tap, level):
     operators = torch.ops.sinklab
     leaves, intervals, how = operator_inputs()
     tap = torch.zeros(1, 2, 6, requires_grad=True) if tap else None
-    where = (None, *intervals, torch.zeros_like(intervals[0]), *how, True, 0.3, *kind, level)
+    where = (None, *intervals, torch.zeros_like(intervals[0]), *how, True, 0.3, 0.5, *kind, level)
     torch.library.opcheck(operators.similarity.default, (*leaves, tap, *where))
     qkv = [x.detach() for x in leaves]
     out, abs_sum, norm, *_ = operators.similarity(*qkv, None, *where)
-    backward = (out, *qkv, out, abs_sum, norm, None, *intervals, *how, 0.3, *kind, level)
+    backward = (out, *qkv, out, abs_sum, norm, None, *intervals, *how, 0.3, 0.5, *kind, level)
     torch.library.opcheck(operators.similarity_backward.default, backward)
-    arguments = (*qkv[:2], abs_sum, norm, None, *intervals, *how, 0.3, kind[0])
+    arguments = (*qkv[:2], abs_sum, norm, None, *intervals, *how, 0.3, 0.5, kind[0])
     torch.library.opcheck(operators.similarity_key_mass.default, arguments)
 
 
@@ -312,12 +313,12 @@ def test_the_operators_pass_pytorchs_own_checks(kind, tap, level):
 def test_products_are_counted():
     leaves, intervals, how = operator_inputs()
     operators = torch.ops.sinklab
-    where = (None, None, *intervals, torch.zeros_like(intervals[0]), *how, True, 0.3)
+    where = (None, None, *intervals, torch.zeros_like(intervals[0]), *how, True, 0.3, 0.0)
     with FlopCounterMode(display=False) as counter:
         out, abs_sum, norm, *_ = operators.similarity(*leaves, *where, "elu", "sum", "basic")
         out.sum().backward()
         operators.similarity_key_mass(
-            *leaves[:2], abs_sum, norm, None, *intervals, *how, 0.3, "elu"
+            *leaves[:2], abs_sum, norm, None, *intervals, *how, 0.3, 0.0, "elu"
         )
     pairs, D, E = 2 * 6 * 6, 8, 4
     assert counter.get_flop_counts()["Global"] == {

@@ -23,7 +23,7 @@ def holes() -> DenseMask:
 
 
 CASES = {
-    "causal-grouped": Case(IntervalMask.causal(1, 9), H=4, G=2, E=4),
+    "causal-grouped-bias": Case(IntervalMask.causal(1, 9), H=4, G=2, E=4, bias=0.75),
     "documents-padding": Case(
         IntervalMask.from_documents(torch.tensor([[1] * 4 + [2] + [3] * 3 + [-1] * 2]))
     ),

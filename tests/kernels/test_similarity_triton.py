@@ -28,6 +28,7 @@ PADDED = IntervalMask.from_documents(torch.tensor([[1] * 37 + [-1] * 13]))
 CASES = {
     "causal-T61": Case(IntervalMask.causal(1, 61), H=1, G=1),
     "causal-T21-grouped-D96-E24": Case(IntervalMask.causal(1, 21), H=4, G=2, D=96, E=24),
+    "documents-bias": Case(documents(1, 20, 12), H=1, G=1, bias=0.75),
     "documents-of_1": Case(documents(33, 1, 1, 13), H=1, G=1, D=16, E=80),
     "padding-slopes": Case(PADDED, H=1, G=1, slopes=True),
     "window-hides_key_0": Case(IntervalMask.causal(1, 50).window(9), H=1, G=1),

@@ -30,8 +30,8 @@ class GpuCase(NamedTuple):
 
 CASES = {
     "causal-D64-bf16": GpuCase(torch.bfloat16, Case(IntervalMask.causal(2, 1024), 4, 4, 64, 64)),
-    "documents-T1000-D96-E48-grouped-bf16": GpuCase(
-        torch.bfloat16, Case(LONG_ROWS["T1000"], 6, 2, 96, 48)
+    "documents-T1000-D96-E48-grouped-bias-bf16": GpuCase(
+        torch.bfloat16, Case(LONG_ROWS["T1000"], 6, 2, 96, 48, bias=0.75)
     ),
     "pinned-window-D128-fp16": GpuCase(
         torch.float16, Case(LONG_ROWS["pinned-window"], 4, 2, 128, 128)

@@ -163,6 +163,16 @@ def test_gates(x_BTC, inputs, gate, place):
     torch.testing.assert_close(attended(made, x_BTC, inputs), made.output(out.flatten(2)))
 
 
+def test_a_sigmoids_bias_is_added_to_every_score(x_BTC, inputs):
+    made = layer("sigmoid", bias=-1.5)
+    q_BTHD, k_BTGD, v_BTGE = made.project(x_BTC)
+    k_BTHD, v_BTHE = (x.repeat_interleave(2, dim=2) for x in (k_BTGD, v_BTGE))
+    x_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k_BTHD) / 12**0.5 - 1.5
+    weights_BHTS = torch.sigmoid(x_BHTS) * inputs.mask.dense_BTS()[:, None]
+    out_BTHE = torch.einsum("bhts,bshe->bthe", weights_BHTS, v_BTHE)
+    torch.testing.assert_close(attended(made, x_BTC, inputs), made.output(out_BTHE.flatten(2)))
+
+
 def test_row_sums_scale_the_output(x_BTC, inputs):
     made, plain = layer("softmax", row_sum=0.2), layer("softmax")
     torch.testing.assert_close(attended(made, x_BTC, inputs), 0.2 * attended(plain, x_BTC, inputs))

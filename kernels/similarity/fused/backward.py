@@ -46,7 +46,7 @@ from kernels.similarity.fused.blocks import (
 def _query_gradients(
     dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, norm_M, shift_M,
     k0, k1, v0, v1,
-    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, slope,
+    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, offset, slope,
     SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,7 +58,7 @@ def _query_gradients(
         k1_ND = load_tile(k1, batch, j0, group, BN) if k1 is not None else None
         v0_NE = load_tile(v0, batch, j0, group, BN)
         v1_NE = load_tile(v1, batch, j0, group, BN) if v1 is not None else None
-        x_MN = dot_rows(q0_MD, q1_MD, k0_ND, k1_ND, PRECISION) * factor
+        x_MN = dot_rows(q0_MD, q1_MD, k0_ND, k1_ND, PRECISION) * factor + offset
         dp_MN = dot_rows(dout0_ME, dout1_ME, v0_NE, v1_NE, PRECISION)
         j_N = j0 + tl.arange(0, BN)
         if HAS_SLOPES:
@@ -91,7 +91,7 @@ def query_kernel(
     q0, q1, k0, k1, v0, v1, out0, out1, dout0, dout1, dq0, dq1,
     start_ptr, stop_ptr, bounds_ptr, slopes_ptr, abs_ptr, sum_ptr,
     norm_ptr, shift_ptr, base_ptr, share_ptr,
-    num_tokens, num_heads, heads_per_group, scale,
+    num_tokens, num_heads, heads_per_group, scale, bias,
     SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
@@ -139,6 +139,7 @@ def query_kernel(
     q0_MD = load_tile(q0, batch, m * BM, head, BM)
     q1_MD = load_tile(q1, batch, m * BM, head, BM) if q1 is not None else None
     factor = scale * unit_of(SIMILARITY)
+    offset = bias * unit_of(SIMILARITY)
     slope = slope_of(slopes_ptr, head, unit_of(SIMILARITY), HAS_SLOPES)
     dq0_MD = tl.zeros([BM, D0], tl.float32)
     dq1_MD = tl.zeros([BM, D1], tl.float32)
@@ -147,8 +148,9 @@ def query_kernel(
     for part in tl.static_range(1 if CAUSAL else 0, 3):
         dq0_MD, dq1_MD = _query_gradients(
             dq0_MD, dq1_MD, q0_MD, q1_MD, dout0_ME, dout1_ME, norm_M, shift_M, k0, k1, v0, v1,
-            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M, factor, slope,
-            SIMILARITY, NORMALIZE, part != 1, CAUSAL, PINNED, HAS_SLOPES, BN, PRECISION,
+            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M,
+            factor, offset, slope, SIMILARITY, NORMALIZE, part != 1, CAUSAL, PINNED, HAS_SLOPES,
+            BN, PRECISION,
         )  # fmt: skip
     store_tile(dq0, batch, m * BM, head, dq0_MD * scale)
     if dq1 is not None:
@@ -167,7 +169,7 @@ def _key_gradients(
     dk0_ND, dk1_ND, dv0_NE, dv1_NE, mass_N8, k0_ND, k1_ND, v0_NE, v1_NE,
     q0, q1, dout0, dout1,
     start_ptr, stop_ptr, norm_ptr, shift_ptr, base_ptr, share_ptr, row_offset,
-    batch, head, first_tile, last_tile, j_N, num_tokens, factor, slope,
+    batch, head, first_tile, last_tile, j_N, num_tokens, factor, offset, slope,
     SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     GRADIENTS: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
@@ -179,7 +181,7 @@ def _key_gradients(
         i_M = i0 + tl.arange(0, BM)
         q0_MD = load_tile(q0, batch, i0, head, BM)
         q1_MD = load_tile(q1, batch, i0, head, BM) if q1 is not None else None
-        x_NM = dot_rows(k0_ND, k1_ND, q0_MD, q1_MD, PRECISION) * factor
+        x_NM = dot_rows(k0_ND, k1_ND, q0_MD, q1_MD, PRECISION) * factor + offset
         if HAS_SLOPES:
             x_NM += slope * (j_N[:, None] - i_M[None, :]).to(tl.float32)
         if MASKED:
@@ -239,7 +241,7 @@ def key_kernel(
     q0, q1, k0, k1, v0, v1, dout0, dout1, dk0, dk1, dv0, dv1,
     start_ptr, stop_ptr, plan_ptr, slopes_ptr,
     norm_ptr, shift_ptr, base_ptr, share_ptr, mass_ptr,
-    num_tokens, num_groups, heads_per_group, scale,
+    num_tokens, num_groups, heads_per_group, scale, bias,
     SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     GRADIENTS: tl.constexpr, MEASURE: tl.constexpr, EVEN: tl.constexpr,
@@ -265,6 +267,7 @@ def key_kernel(
     v0_NE = load_tile(v0, batch, n * BN, group, BN) if GRADIENTS else None
     v1_NE = load_tile(v1, batch, n * BN, group, BN) if v1 is not None else None
     factor = scale * unit_of(SIMILARITY)
+    offset = bias * unit_of(SIMILARITY)
     dk0_ND = tl.zeros([BN, D0], tl.float32)
     dk1_ND = tl.zeros([BN, D1], tl.float32)
     dv0_NE = tl.zeros([BN, E0], tl.float32)
@@ -285,7 +288,7 @@ def key_kernel(
                 q0, q1, dout0, dout1,
                 start_ptr, stop_ptr, norms, shifts, bases, shares, row_offset,
                 batch, head, edges[part], edges[part + 1],
-                j_N, num_tokens, factor, slope, SIMILARITY, NORMALIZE,
+                j_N, num_tokens, factor, offset, slope, SIMILARITY, NORMALIZE,
                 part != 1, CAUSAL, PINNED, HAS_SLOPES, GRADIENTS, MEASURE, EVEN, BM, PRECISION,
             )  # fmt: skip
         if MEASURE:

@@ -44,7 +44,7 @@ from kernels.similarity.fused.blocks import (
 def _attend(
     acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top,
     q0_MD, q1_MD, k0, k1, v0, v1,
-    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, slope,
+    batch, group, low, first_tile, last_tile, i_M, start_M, stop_M, factor, offset, slope,
     SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     MEASURE: tl.constexpr, ENTROPY: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,7 +60,7 @@ def _attend(
         j0 = tl.where(tile < low, 0, tile) * BN if PINNED and MASKED else tile * BN
         k0_ND = load_tile(k0, batch, j0, group, BN)
         k1_ND = load_tile(k1, batch, j0, group, BN) if k1 is not None else None
-        x_MN = dot_rows(q0_MD, q1_MD, k0_ND, k1_ND, PRECISION) * factor
+        x_MN = dot_rows(q0_MD, q1_MD, k0_ND, k1_ND, PRECISION) * factor + offset
         j_N = j0 + tl.arange(0, BN)
         if HAS_SLOPES:
             x_MN += slope * (j_N[None, :] - i_M[:, None]).to(tl.float32)
@@ -119,7 +119,7 @@ def _part_of_score(q_MD, part, k_ptr, key_M, stride, FIRST: tl.constexpr, HEAD_D
 
 @triton.jit
 def _scores(
-    q0_MD, q1_MD, part0, part1, k_ptr, k_stride, key_M, i_M, start_M, stop_M, factor, slope,
+    q0_MD, q1_MD, part0, part1, k_ptr, k_stride, key_M, i_M, start_M, stop_M, factor, offset, slope,
     SIMILARITY: tl.constexpr, CAUSAL: tl.constexpr, PINNED: tl.constexpr,
     HAS_SLOPES: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _scores(
     x_M = _part_of_score(q0_MD, part0, k_ptr, key_M, k_stride, 0, HEAD_DIM)
     if q1_MD is not None:
         x_M += _part_of_score(q1_MD, part1, k_ptr, key_M, k_stride, part0.block_shape[3], HEAD_DIM)
-    x_M *= factor
+    x_M = x_M * factor + offset
     if HAS_SLOPES:
         x_M += slope * (key_M - i_M).to(tl.float32)
     sees_M = visible(i_M, key_M, start_M, stop_M, CAUSAL, PINNED) & (key_M >= 0)
@@ -152,7 +152,7 @@ def forward_kernel(
     k_ptr, k_stride_b, k_stride_t, k_stride_g,
     start_ptr, stop_ptr, document_ptr, bounds_ptr, slopes_ptr,
     abs_ptr, norm_ptr, first_ptr, document_mass_ptr, entropy_ptr, top_ptr,
-    num_tokens, num_heads, heads_per_group, scale,
+    num_tokens, num_heads, heads_per_group, scale, bias,
     SIMILARITY: tl.constexpr, NORMALIZE: tl.constexpr,
     CAUSAL: tl.constexpr, PINNED: tl.constexpr, HAS_SLOPES: tl.constexpr,
     MEASURE: tl.constexpr, ENTROPY: tl.constexpr, ONE_DOCUMENT: tl.constexpr,
@@ -173,6 +173,7 @@ def forward_kernel(
     extra, low, full_low, full_high, high = key_tiles(bounds, m, num_tokens, CAUSAL, PINNED, BM, BN)
 
     factor = scale * unit_of(SIMILARITY)
+    offset = bias * unit_of(SIMILARITY)
     slope = slope_of(slopes_ptr, head, unit_of(SIMILARITY), HAS_SLOPES)
     exists_M = i_M < num_tokens
     row_M = tl.program_id(1).to(tl.int64) * num_tokens + i_M
@@ -184,8 +185,8 @@ def forward_kernel(
         if not ONE_DOCUMENT:
             key_M = tl.load(document_ptr + row_offset + i_M, mask=exists_M, other=-1)
         x_M = _scores(
-            q0_MD, q1_MD, q0, q1, k_ptr, k_stride_t, key_M, i_M, start_M, stop_M, factor, slope,
-            SIMILARITY, CAUSAL, PINNED, HAS_SLOPES, HEAD_DIM,
+            q0_MD, q1_MD, q0, q1, k_ptr, k_stride_t, key_M, i_M, start_M, stop_M,
+            factor, offset, slope, SIMILARITY, CAUSAL, PINNED, HAS_SLOPES, HEAD_DIM,
         )  # fmt: skip
         if ONE_DOCUMENT:
             tl.store(first_ptr + row_M, x_M, mask=exists_M)
@@ -195,7 +196,7 @@ def forward_kernel(
             if tl.load(bounds + 7) > 0:
                 x_M = _scores(
                     q0_MD, q1_MD, q0, q1, k_ptr, k_stride_t, i_M * 0,
-                    i_M, start_M, stop_M, factor, slope,
+                    i_M, start_M, stop_M, factor, offset, slope,
                     SIMILARITY, CAUSAL, PINNED, HAS_SLOPES, HEAD_DIM,
                 )  # fmt: skip
                 tl.store(first_ptr + row_M, x_M, mask=exists_M)
@@ -218,8 +219,8 @@ def forward_kernel(
         acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top = _attend(
             acc0_ME, acc1_ME, abs_M8, norm_M8, spread_M8, top,
             q0_MD, q1_MD, k0, k1, v0, v1,
-            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M, factor, slope,
-            SIMILARITY, NORMALIZE,
+            batch, group, low, edges[part], edges[part + 1], i_M, start_M, stop_M,
+            factor, offset, slope, SIMILARITY, NORMALIZE,
             part != 1, CAUSAL, PINNED, HAS_SLOPES, MEASURE, ENTROPY, BN, PRECISION,
         )  # fmt: skip
 

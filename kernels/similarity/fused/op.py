@@ -31,6 +31,7 @@ def fused_similarity(
     similarity: Similarity,
     normalize: Normalize,
     scale: float,
+    bias: float,
     slopes_H: Tensor | None,
     level: StatisticsLevel,
     tap_BHT: Tensor | None,
@@ -50,6 +51,7 @@ def fused_similarity(
             *kind,
             mask.one_document,
             scale,
+            bias,
             similarity.value,
             normalize.value,
             level.value,
@@ -69,6 +71,7 @@ def fused_similarity(
                 *intervals,
                 *kind,
                 scale,
+                bias,
                 similarity.value,
             )
     statistics = Statistics(
@@ -111,7 +114,7 @@ def forward_outputs(
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? tap, Tensor? slopes, Tensor start, Tensor stop, "
     "Tensor document_start, int pinned, bool is_causal, bool one_document, float scale, "
-    "str similarity, str normalize, str level) "
+    "float bias, str similarity, str normalize, str level) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _similarity(
@@ -127,6 +130,7 @@ def _similarity(
     is_causal,
     one_document,
     scale,
+    bias,
     similarity,
     normalize,
     level,
@@ -136,7 +140,7 @@ def _similarity(
     """
     outputs = forward_outputs(q, v, one_document, similarity, normalize, level)
     mask = MaskTensors(start, stop, document_start, pinned, is_causal, one_document)
-    call = _call(q, k, v, mask, slopes, scale, similarity, normalize, level)
+    call = _call(q, k, v, mask, slopes, scale, bias, similarity, normalize, level)
     # Triton launches on the current device, which need not be the tensors'; and never nothing.
     with torch.cuda.device_of(q):
         if len(q):
@@ -146,7 +150,7 @@ def _similarity(
 
 @_similarity.register_fake
 def _(*inputs):
-    q, _, v, *_, one_document, _, similarity, normalize, level = inputs
+    q, _, v, *_, one_document, _, _, similarity, normalize, level = inputs
     return tuple(forward_outputs(q, v, one_document, similarity, normalize, level))
 
 
@@ -155,7 +159,7 @@ def _(*inputs):
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor abs, Tensor norm, "
     "Tensor? slopes, Tensor start, Tensor stop, int pinned, bool is_causal, float scale, "
-    "str similarity, str normalize, str level) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float bias, str similarity, str normalize, str level) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _similarity_backward(
     dout,
@@ -171,6 +175,7 @@ def _similarity_backward(
     pinned,
     is_causal,
     scale,
+    bias,
     similarity,
     normalize,
     level,
@@ -179,7 +184,7 @@ def _similarity_backward(
     grads = backward_outputs(q, k, v, abs, level)
     # Documents take no part in the visibility.
     mask = MaskTensors(start, stop, start, pinned, is_causal, one_document=False)
-    call = _call(q, k, v, mask, slopes, scale, similarity, normalize, level)
+    call = _call(q, k, v, mask, slopes, scale, bias, similarity, normalize, level)
     with torch.cuda.device_of(q):
         if len(q):
             launch.backward(call, as_loadable(dout), out, abs, _sum(abs, norm), grads)
@@ -203,13 +208,14 @@ def backward_outputs(q: Tensor, k: Tensor, v: Tensor, abs: Tensor, level: str) -
     "sinklab::similarity_key_mass",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor abs, Tensor norm, Tensor? slopes, Tensor start, "
-    "Tensor stop, int pinned, bool is_causal, float scale, str similarity) -> Tensor",
+    "Tensor stop, int pinned, bool is_causal, float scale, float bias, str similarity) "
+    "-> Tensor",
 )
-def _key_mass(q, k, abs, norm, slopes, start, stop, pinned, is_causal, scale, similarity):
+def _key_mass(q, k, abs, norm, slopes, start, stop, pinned, is_causal, scale, bias, similarity):
     """Attention each key received, [B, H, T], from the row sums in a pass of its own."""
     mask = MaskTensors(start, stop, start, pinned, is_causal, one_document=False)
     # P doesn't depend on what divides the weights.
-    call = _call(q, k, k, mask, slopes, scale, similarity, Normalize.none.value, "basic")
+    call = _call(q, k, k, mask, slopes, scale, bias, similarity, Normalize.none.value, "basic")
     key_mass_BHT = torch.empty_like(abs)
     with torch.cuda.device_of(q):
         if len(q):
@@ -222,10 +228,10 @@ def _(q, k, abs, *_):
     return torch.empty_like(abs)
 
 
-def _call(q, k, v, mask, slopes, scale, similarity, normalize, level) -> Call:
+def _call(q, k, v, mask, slopes, scale, bias, similarity, normalize, level) -> Call:
     q, k, v = (as_loadable(x) for x in (q, k, v))
     slopes = None if slopes is None else slopes.contiguous()
-    return Call(q, k, v, mask, slopes, scale, similarity, normalize, level)
+    return Call(q, k, v, mask, slopes, scale, bias, similarity, normalize, level)
 
 
 def _sum(abs: Tensor, norm: Tensor) -> Tensor:
@@ -234,13 +240,11 @@ def _sum(abs: Tensor, norm: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, tap, slopes, start, stop, _, pinned, is_causal, _, scale, similarity, normalize, _ = (
-        inputs
-    )
+    q, k, v, tap, slopes, start, stop, _, pinned, is_causal, _, *what, _ = inputs
     out, abs, norm, *statistics = output
     ctx.save_for_backward(q, k, v, slopes, start, stop, out, abs, norm)
     level = "off" if tap is None else "basic"
-    ctx.static = (pinned, is_causal, scale, similarity, normalize, level)
+    ctx.static = (pinned, is_causal, *what, level)
     ctx.mark_non_differentiable(abs, norm, *statistics)
     ctx.set_materialize_grads(False)
 
@@ -252,7 +256,7 @@ def _differentiate(ctx, dout, *_):
     dq, dk, dv, mass = _similarity_backward(
         dout, q, k, v, out, abs, norm, slopes, start, stop, *ctx.static
     )
-    return dq, dk, dv, None if ctx.static[-1] == "off" else mass, *[None] * 11
+    return dq, dk, dv, None if ctx.static[-1] == "off" else mass, *[None] * 12
 
 
 _similarity.register_autograd(_differentiate, setup_context=_setup_context)

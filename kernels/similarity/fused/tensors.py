@@ -24,6 +24,7 @@ class Call(NamedTuple):
     mask: MaskTensors
     slopes_H: Tensor | None
     scale: float
+    bias: float
     similarity: str
     normalize: str
     level: str
