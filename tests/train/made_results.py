@@ -17,7 +17,7 @@ JITTER = 0.002
 
 MEASURES = {
     "heads": 48,
-    "tokens": 1000,
+    "tokens": 1500 * 32768,
     "passes": 0.8,
     "mean_keys": 512.5,
     **{

@@ -165,7 +165,9 @@ def test_a_censored_run_has_no_emergence_and_says_nothing_of_layers(tmp_path):
 def test_the_proxy_is_believed_only_if_the_norms_agree(tmp_path, values, expected):
     finding = FINDINGS["attention_ops"]
     store_made(tmp_path, finding, {"sigmoid": values | {"text/value_ratio": 0.9}})
-    assert judged(tmp_path, "sigmoid, without normalisation, has", finding=finding).verdict == expected
+    assert (
+        judged(tmp_path, "sigmoid, without normalisation, has", finding=finding).verdict == expected
+    )
 
 
 def test_the_order_of_written_positions_is_that_of_training_rows(tmp_path):

@@ -6,8 +6,6 @@ import math
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
 from train.config import compose
 from train.findings import FINDINGS
 from train.findings.base import PRIMARY, Arm, Claim, Finding
@@ -41,7 +39,7 @@ def list_lines(budget: Budget, folder: Path) -> list[str]:
         "",
         *markdown(header, rows),
         "",
-        "Arms that several findings have are run once. Time: the mean of the stored runs, else an "
+        "Arms that several findings have are run once. Time: by that of the stored runs, else an "
         "estimate.",
     ]
 
@@ -52,10 +50,11 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
     took = [run.seconds for run in results.runs]
     preset = budget.overrides or (f"experiment={finding.experiment}",)
     tokens = sum(_tokens((*preset, *_of_length(arm))) for arm in arms)
-    # Arms longer than the preset take as many times its seconds.
-    seconds = (
-        float(np.mean(took)) * len(arms) if took else budget.seconds * tokens / _tokens(preset)
-    )
+    # By the token: arms differ in length, and not all of them may have run.
+    seconds_a_token = budget.seconds / _tokens(preset)
+    if took:
+        seconds_a_token = sum(took) / sum(run.values["tokens"] for run in results.runs)
+    seconds = seconds_a_token * tokens
     return [
         finding.name,
         finding.source,
