@@ -1,6 +1,5 @@
 """Shared fixtures: one cache of tokenizers and stores for a session, runs in CPU seconds."""
 
-import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,6 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, which importing PyTorch does not do.
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-def pytest_collection_finish() -> None:
-    """What is imported stays: looking through it for garbage was a fifth of composing settings."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -64,9 +64,10 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     """Arithmetic of forward and backward; auto = bf16 mixed precision on GPUs, fp32 on CPUs."""
     compile: Compile = Compile.auto
-    """What the compiler gets: nothing; blocks, one by one, ready in seconds; whole, the model with
-    its loss in one graph, faster by what fuses between blocks but ready in a minute. fsdp takes
-    blocks for whole. auto = blocks on GPUs, nothing on CPUs."""
+    """What the compiler gets of a training step: nothing; blocks, one by one, ready in seconds;
+    whole, the model with its loss in one graph, faster by what fuses between blocks but ready in a
+    minute. fsdp takes blocks for whole. auto = blocks on GPUs, nothing on CPUs. Evaluations are
+    never compiled."""
     devices: int | str = 1
     """GPUs, or processes on a CPU, of each machine; auto = all GPUs. They share the rows of
     ``packing.batch_tokens``: what is trained doesn't depend on it."""

@@ -46,6 +46,10 @@ none."""
 MAY_CHANGE_ON_RESUME = ("trainer.max_steps", "trainer.progress", "trainer.num_workers", *RANKS)
 """Settings of the experiment that a resumed run may nevertheless change."""
 
+ADDED = {"attention.bias": 0.0}
+"""Settings that kinds got after runs of them were stored, and what those runs have: such a value
+counts as none, so that they keep their hashes and can be resumed."""
+
 PARENT = "parent"
 """Key beside the settings of a stored run: whose weights it started from (``train.branching``)."""
 
@@ -125,7 +129,7 @@ def arm_hash(settings: dict) -> str:
 
 
 def _of_the_experiment(settings: dict) -> dict:
-    kept = without_told_kinds(settings)
+    kept = without_told_kinds(_as_before(settings))
     kept = {name: value for name, value in kept.items() if name not in NOT_THE_EXPERIMENT}
     if "trainer" in kept:
         trainer = kept["trainer"].items()
@@ -134,6 +138,19 @@ def _of_the_experiment(settings: dict) -> dict:
     if kept.get("init_from") is None:
         kept.pop("init_from", None)
     return kept
+
+
+def _as_before(settings: dict) -> dict:
+    """Settings without those of ``ADDED`` that have the value of runs from before."""
+    sections = {
+        section: {
+            key: value
+            for key, value in settings[section].items()
+            if (name := f"{section}.{key}") not in ADDED or ADDED[name] != value
+        }
+        for section in {name.split(".")[0] for name in ADDED} & settings.keys()
+    }
+    return settings | sections
 
 
 def _hash(kept: dict) -> str:
@@ -235,7 +252,7 @@ def _check_settings_agree(old: dict, new: dict) -> None:
         for settings in (old, new)
     )
     for name in sorted(kept_old.keys() | kept_new.keys()):
-        before, now = kept_old.get(name), kept_new.get(name)
+        before, now = kept_old.get(name, ADDED.get(name)), kept_new.get(name, ADDED.get(name))
         # Folders from before kinds were stored have none; their checkpoint must fit all the same.
         is_new = name.endswith(".kind") and name not in kept_old
         if before != now and not is_new:

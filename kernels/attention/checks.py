@@ -7,7 +7,6 @@ head dim, E value head dim.
 from __future__ import annotations
 
 import importlib.util
-import math
 
 import torch
 from torch import Tensor
@@ -23,6 +22,8 @@ if HAS_TRITON:
     from triton import knobs
 
     INTERPRETED = knobs.runtime.interpret
+
+_LARGEST = torch.finfo(torch.float32).max
 
 MAX_HEAD_DIM = 256
 """Largest head dim of the Triton kernels: their tiles must fit in shared memory."""
@@ -161,9 +162,15 @@ def check_tap(tap_BHS: Tensor | None, q_BTHD: Tensor, level: StatisticsLevel) ->
 def checked_scale(scale: float | None, q_BTHD: Tensor) -> float:
     """``scale``, or D**-0.5 if it is None; raises ``UserError`` unless it is a finite number."""
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    is_number = isinstance(scale, int | float) and math.isfinite(scale)
-    require(is_number, "attention.scale", "must be a finite number", scale)
-    return float(scale)
+    return checked_number("scale", scale)
+
+
+def checked_number(name: str, value: float) -> float:
+    """``value``; raises ``UserError`` unless it is a finite number of fp32."""
+    # Not math.isfinite, into which the compiler can't look where it takes floats as variables.
+    is_number = isinstance(value, int | float) and abs(value) <= _LARGEST
+    require(is_number, f"attention.{name}", "must be a finite number of fp32", value)
+    return float(value)
 
 
 def require_tensor(name: str, tensor: object, q_BTHD: Tensor) -> None:

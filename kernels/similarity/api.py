@@ -7,7 +7,6 @@ heads (H is a multiple of G), D query/key head dim, E value head dim.
 from __future__ import annotations
 
 import logging
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from kernels.attention.checks import (
     check_slopes,
     check_tap,
     check_tensors,
+    checked_number,
     checked_scale,
     level_of,
     why_not_triton,
@@ -115,13 +115,12 @@ def similarity_attention(
     check_slopes(slopes_H, q_BTHD)
     check_tap(key_mass_tap_BHS, q_BTHD, level)
     scale = checked_scale(scale, q_BTHD)
-    is_number = isinstance(bias, int | float) and math.isfinite(bias)
-    require(is_number, "attention.bias", "must be a finite number", bias)
+    bias = checked_number("bias", bias)
     arguments = {
         "similarity": similarity,
         "normalize": normalize,
         "scale": scale,
-        "bias": float(bias),
+        "bias": bias,
         "slopes_H": slopes_H,
         "level": level,
     }

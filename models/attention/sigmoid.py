@@ -1,10 +1,9 @@
 """Sigmoid attention."""
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kernels.errors import require
+from kernels.attention.checks import checked_number
 from kernels.similarity import Similarity
 from models.attention.similarity import SimilarityAttention
 
@@ -30,8 +29,7 @@ class SigmoidAttention(SimilarityAttention):
 
         def __post_init__(self):
             super().__post_init__()
-            valid = math.isfinite(self.bias)
-            require(valid, "attention.bias", "must be a finite number", self.bias)
+            checked_number("bias", self.bias)
 
     def __init__(self, config: Config, model: "DecoderConfig"):
         super().__init__(config, model)

@@ -16,8 +16,9 @@ from models.attention.base import Attention, AttentionConfig, LayerInputs
 class SimilarityAttention(Attention):
     """out_i = sum_j sim(q_i, k_j) v_j / N_i over i's visible keys.
 
-    similarity: f, of which sim is f(q_i k_j / sqrt(D) + bias). normalizer: N_i where the setting
-    asks for one; else it is 1. Statistics are of |sim| / sum_j |sim|, the papers' proxy.
+    similarity: f, of which sim is f(q_i k_j / sqrt(D) + bias), bias 0 but in kinds that set it.
+    normalizer: N_i where the setting asks for one; else it is 1. Statistics are of |sim| / sum_j
+    |sim|, the papers' proxy.
     """
 
     @dataclass(kw_only=True)
@@ -28,11 +29,11 @@ class SimilarityAttention(Attention):
         """Whether a query's weights are divided by their sum."""
 
     config: Config
+    bias: float = 0.0
     alpha_kind = "proxy"
     similarity: ClassVar[Similarity]
     normalizer: ClassVar[Normalize] = Normalize.sum
     scale: ClassVar[float | None] = None
-    bias: float = 0.0
 
     def features(self, q_BTHD: Tensor, k_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """What the similarity is of: queries and keys after the position encoding, or maps."""

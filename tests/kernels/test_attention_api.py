@@ -72,7 +72,7 @@ WRONG = {
         {"null_logit": torch.zeros(H, dtype=torch.int64)},
         "attention.null_logit must be floating point, got torch.int64",
     ),
-    "scale": ({}, {"scale": math.nan}, "attention.scale must be a finite number, got nan"),
+    "scale": ({}, {"scale": math.nan}, "attention.scale must be a finite number of fp32, got nan"),
     "no_head_dim": (
         dict(q_BTHD=(B, T, H, 0), k_BTGD=(B, T, G, 0)),
         {},

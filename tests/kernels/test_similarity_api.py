@@ -73,7 +73,7 @@ WRONG = {
         {"slopes_H": torch.zeros(3)},
         "attention.slopes must have shape (4,), got (3,)",
     ),
-    "bias": ({"bias": float("inf")}, "attention.bias must be a finite number, got inf"),
+    "bias": ({"bias": float("inf")}, "attention.bias must be a finite number of fp32, got inf"),
     "tap": (
         {"key_mass_tap_BHS": torch.zeros(B, H, 8)},
         "attention.key_mass_tap must have shape (2, 4, 9), got (2, 4, 8)",

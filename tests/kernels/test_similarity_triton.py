@@ -28,11 +28,10 @@ PADDED = IntervalMask.from_documents(torch.tensor([[1] * 37 + [-1] * 13]))
 CASES = {
     "causal-T61": Case(IntervalMask.causal(1, 61), H=1, G=1),
     "causal-T21-grouped-D96-E24": Case(IntervalMask.causal(1, 21), H=4, G=2, D=96, E=24),
-    "documents-bias": Case(documents(1, 20, 12), H=1, G=1, bias=0.75),
     "documents-of_1": Case(documents(33, 1, 1, 13), H=1, G=1, D=16, E=80),
-    "padding-slopes": Case(PADDED, H=1, G=1, slopes=True),
+    "padding-slopes-bias": Case(PADDED, H=1, G=1, slopes=True, bias=0.75),
     "window-hides_key_0": Case(IntervalMask.causal(1, 50).window(9), H=1, G=1),
-    "pinned-window": Case(documents(33, 1, 16, pinned=1).window(20), H=2, G=1),
+    "pinned-window-bias": Case(documents(33, 1, 16, pinned=1).window(20), H=2, G=1, bias=0.75),
     "any_intervals-pinned": Case(any_intervals(61, pinned=1, seed=0), H=1, G=1),
 }
 
@@ -86,7 +85,7 @@ def test_tile_shapes(kind, shape, check, tiled):
 @pytest.mark.parametrize("statistics", ["off", "basic", "full"])
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_levels_without_a_tap(kind, statistics, check):
-    case = Case(documents(9, 12, pinned=1), H=1, G=1)
+    case = Case(documents(9, 12, pinned=1), H=1, G=1, bias=0.75)
     output, _ = check(case, kind, statistics=statistics, tap=False)
     assert (output.statistics is None) == (statistics == "off")
 
@@ -94,7 +93,7 @@ def test_levels_without_a_tap(kind, statistics, check):
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_mass_adds_up_to_the_queries_with_weights(kind):
     """A query that sees keys may still have no weights: softpick's, of negative scores alone."""
-    for case in (CASES["pinned-window"], CASES["padding-slopes"]):
+    for case in (CASES["pinned-window-bias"], CASES["padding-slopes-bias"]):
         leaves = {name: x.detach() for name, x in tensors(case, kind, torch.float32).items()}
         kinds = {"similarity": kind[0], "normalize": kind[1], "implementation": "triton"}
         output = similarity_attention(**leaves, mask=case.mask, **kinds)

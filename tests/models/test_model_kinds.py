@@ -186,6 +186,16 @@ def test_compiles_without_a_graph_break(decoder_of, batch_of, kinds):
     check_compiles(decoder_with(decoder_of, num_layers=1, **kinds), batch_of(DOCUMENTS))
 
 
+def test_models_that_differ_in_a_number_compile_in_one_process(decoder_of, batch_of):
+    """From the second on, the compiler takes the number for a variable."""
+    torch._dynamo.reset()
+    batch = batch_of(DOCUMENTS)
+    for bias in (0.0, -2.0, 1.0):
+        decoder = decoder_with(decoder_of, num_layers=1, attention="sigmoid", bias=bias)
+        compiled_BTV = torch.compile(decoder, fullgraph=True, backend="eager")(batch).logits_BTV
+        torch.testing.assert_close(compiled_BTV, decoder(batch).logits_BTV)
+
+
 def test_attention_kinds_have_configs_of_their_own():
     """A config is what picks its kind, so two kinds can't share one."""
     configs = [kind.Config for kind in ATTENTIONS.values()]

@@ -13,7 +13,7 @@ from kernels.errors import UserError
 from scripts.reproduce import command
 from tests.train.made_results import COLLAPSED, PACKING, made_record, store_made
 from train.findings import FINDINGS
-from train.findings.budgets import BUDGETS, difference, planned, slug_of
+from train.findings.budgets import BUDGETS, difference, planned, slug_of, told_settings
 from train.findings.costs import resolution
 from train.findings.draw import COLUMNS, points_of
 from train.findings.measures import CURVES, Record
@@ -205,6 +205,8 @@ def test_the_list_tells_costs_and_what_can_be_told(tmp_path, capsys):
     assert command(["--list", "--folder", str(tmp_path)]) == 0
     after = capsys.readouterr().out
     assert "16/16" in after and "13.3 min" in after and "run noise first" not in after
+    # Of emergence the pinned arm is there, 50 s a run; the other is four times as long.
+    assert "5/10" in after and "20.8 min" in after
 
 
 def test_onsets_are_told_by_seed_with_their_errors_and_layers_in_their_order(tmp_path):
@@ -251,3 +253,13 @@ def test_a_papers_effect_is_held_to_the_noise_of_rates(tmp_path):
 
 def test_markdown_columns_are_aligned():
     assert markdown(["a", "b"], [["long", "1"]]) == ["| a    | b |", "| ---- | - |", "| long | 1 |"]
+
+
+def test_records_from_before_a_kind_got_a_setting_are_the_same_arm():
+    plan = planned(FINDINGS["attention_ops"], MINUTES, FINDINGS["attention_ops"].arms[1], 0)
+    _, settings = plan.compose()
+    stored = told_settings(settings)
+    assert stored["attention.kind"] == "sigmoid" and stored.pop("attention.bias") == 0.0
+    assert difference(stored, settings) is None
+    settings["attention"]["bias"] = -1.0
+    assert difference(stored, settings) == "attention.bias 0.0 there, -1.0 here"

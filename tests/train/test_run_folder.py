@@ -35,6 +35,21 @@ def test_the_hash_depends_on_what_is_computed_only():
     assert experiment_hash(settings()) != experiment_hash(settings(seed=1))
 
 
+def test_a_setting_that_a_kind_got_later_is_none_at_the_value_of_before(tmp_path):
+    before = settings(tmp_path) | {"attention": {"kind": "sigmoid", "normalize": False}}
+    now = before | {"attention": before["attention"] | {"bias": 0.0}}
+    other = before | {"attention": before["attention"] | {"bias": -1.0}}
+    assert experiment_hash(now) == experiment_hash(before) != experiment_hash(other)
+    assert arm_hash(now) == arm_hash(before) != arm_hash(other)
+    folder = RunFolder(tmp_path)
+    write_run_files(folder, before, {})
+    folder.last.parent.mkdir()
+    folder.last.touch()
+    assert open_run_folder(now | {"resume": True}, "default", [])[1]
+    with pytest.raises(UserError, match=r"attention.bias must stay 0.0 when a run is resumed"):
+        open_run_folder(other | {"resume": True}, "default", [])
+
+
 def test_the_name_tells_the_overrides_and_ends_with_the_hash():
     name = run_name(settings(), ["optimizer.lr=0.001", "+x=[1,2]", "resume=true", "experiment=a"])
     assert name == f"lr=0.001_x=12-{experiment_hash(settings())}"

@@ -11,7 +11,7 @@ from train.config import RunConfig, compose
 from train.data import data_of
 from train.findings.base import Arm, Finding
 from train.metrics import HORIZON
-from train.run_folder import flat
+from train.run_folder import ADDED, flat
 
 
 class Budget(NamedTuple):
@@ -176,7 +176,8 @@ def difference(stored: dict, now: dict) -> str | None:
     told = told_settings(now)
     everything = flat(now)
     for name in sorted(stored.keys() | told.keys()):
-        before, after = stored.get(name, _defaults.get(name)), everything.get(name)
+        usual = _defaults.get(name, ADDED.get(name))
+        before, after = stored.get(name, usual), everything.get(name, ADDED.get(name))
         if before != after:
             return f"{name} {before!r} there, {after!r} here"
     return None

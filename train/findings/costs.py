@@ -39,8 +39,8 @@ def list_lines(budget: Budget, folder: Path) -> list[str]:
         "",
         *markdown(header, rows),
         "",
-        "Arms that several findings have are run once. Time: by that of the stored runs, else an "
-        "estimate.",
+        "Arms that several findings have are run once. Time: of the stored runs, by the "
+        "token; else an estimate.",
     ]
 
 
