@@ -96,6 +96,7 @@ def test_mass_adds_up_to_the_queries_with_weights(kind):
     for case in (CASES["pinned-window-bias"], CASES["padding-slopes-bias"]):
         leaves = {name: x.detach() for name, x in tensors(case, kind, torch.float32).items()}
         kinds = {"similarity": kind[0], "normalize": kind[1], "implementation": "triton"}
+        # Without the bias, which would leave softpick no row of negative scores.
         output = similarity_attention(**leaves, mask=case.mask, **kinds)
         total_BH = output.statistics.key_mass_BHS.sum(-1)
         weighted_BHT = output.row_abs_sum_BHT >= 1e-30

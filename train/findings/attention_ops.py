@@ -57,7 +57,7 @@ def without_normalisation(
     )
 
 
-def arms_of(context: int) -> tuple[Arm, ...]:
+def on_rows_of(context: int) -> tuple[Arm, ...]:
     """The arms on rows of ``context`` tokens."""
     # Without a bias a row's weights begin at 1/2 each, far from what softmax begins with; the
     # paper's model has 20k steps to get over it.
@@ -94,8 +94,8 @@ ATTENTION_OPS = Finding(
     aggregation=(
         f"{RATE}, as in the paper; sigmoid by the paper's proxy, |weight| over the query's sum"
     ),
-    arms=arms_of(context=1024),
-    arms_at={"cpu": arms_of(context=256), "paper": arms_of(context=2048)},
+    arms=on_rows_of(context=1024),
+    arms_at={"cpu": on_rows_of(context=256), "paper": on_rows_of(context=2048)},
     columns=(
         Column(EXCESS, "excess, text"),
         Column(TEXT, "first token's rate", percent=True),
