@@ -22,7 +22,7 @@ MEASURES = {
     "mean_keys": 512.5,
     **{
         f"{place}/{name}": value
-        for place in ("text", "bos_text", "natural", "written")
+        for place in ("text", "bos_text", "eos_text", "natural", "written")
         for name, value in {
             "excess": 0.1,
             "mass": 0.174,

@@ -125,13 +125,18 @@ def test_probed_losses_are_those_of_training(run):
 def test_the_probe_set(run):
     data = run.data()
     inputs = probe_inputs(data, rows=5)
-    assert set(inputs.prompts) == {"text", "bos_text", "random", "repeated"}
+    assert set(inputs.prompts) == {"text", "bos_text", "eos_text", "random", "repeated"}
     assert all(batch.tokens_BT.shape == (5, 64) for batch in inputs.prompts.values())
     repeated_BT = inputs.prompts["repeated"].tokens_BT
     assert (repeated_BT == repeated_BT[:, :1]).all() and len(repeated_BT[:, 0].unique()) == 5
     assert probe_set_sha256(inputs) == probe_set_sha256(probe_inputs(data, rows=5))
     assert probe_set_sha256(inputs) != probe_set_sha256(probe_inputs(data, rows=4))
     tokenizer = data.tokenizer
+    bos, eos = (inputs.prompts[name] for name in ("bos_text", "eos_text"))
+    assert (bos.tokens_BT[:, 0] == tokenizer.bos_id).all()
+    assert (eos.tokens_BT[:, 0] == tokenizer.eos_id).all()
+    assert (bos.tokens_BT[:, 1:] == eos.tokens_BT[:, 1:]).all()
+    assert (bos.labels_BT == eos.labels_BT).all()
     class_V = token_classes(tokenizer)
     comma, word = (tokenizer.encode_batch([text])[0][0] for text in (",", "the"))
     assert class_V[comma] == TokenClass.delimiter and class_V[word] == TokenClass.other

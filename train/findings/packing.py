@@ -92,7 +92,8 @@ PACKING = Finding(
     source="arXiv 2504.02732, Table 2; one seed",
     setting=(
         "six packings of the same documents in the same order, evaluated on the same text with a "
-        "BOS in front (bos_text) and without (text); controls for how many keys a query sees. "
+        "BOS in front (bos_text), without (text) and with an EOS in front (eos_text); controls for "
+        "how many keys a query sees. "
         "Models trained without a BOS don't know the one of bos_text; the text of the arms with "
         "long documents alone is of long documents too"
     ),
@@ -105,6 +106,7 @@ PACKING = Finding(
         Column("text/rate_030", "rate, text", percent=True),
         Column("bos_text/loss", "loss, BOS + text"),
         Column("text/loss", "loss, text"),
+        Column("eos_text/loss", "loss, EOS + text"),
         Column("documents/start_rate_030", "rate at document starts", percent=True),
         Column("documents/inner_rate_030", "rate at offsets 8-63", percent=True),
         Column("mean_keys", "keys a query sees"),
@@ -122,6 +124,11 @@ PACKING = Finding(
                 ),
             )
             for unpinned in UNPINNED
+        ),
+        # A BOS that wasn't in training is noise at position 0; the EOS between documents was.
+        Claim(
+            says="causal doesn't care whether a delimiter that it knows, the EOS, is there",
+            direction=(Near(Of("causal", "text/loss"), Of("causal", "eos_text/loss"), plus=0.05),),
         ),
         Claim(
             says="document_document_bos has its sinks at document starts",

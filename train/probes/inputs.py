@@ -2,6 +2,8 @@
 
     text       the first 64 tokens of pieces of held-out documents
     bos_text   the BOS and the first 63 of the same
+    eos_text   the EOS and the first 63 of the same, if it isn't the BOS: what stands before a
+               document's first token in packed rows, and so known to models that never saw a BOS
     random     64 tokens drawn alike from the tokenizer's text tokens
     repeated   one such token 64 times, another one in each prompt
     written    the prompts of ``text`` with what packing writes into rows (a fixed token, random
@@ -32,7 +34,7 @@ from models.batch import IGNORE_LABEL, PackedBatch
 from train.metrics import HORIZON
 from train.probes.base import ProbeInputs
 
-VERSION = 2
+VERSION = 3
 """Of how a probe set is made from held-out text; raised when that changes."""
 
 SEED = 2410_10781
@@ -81,6 +83,8 @@ def probe_inputs(
     kinds = [kind for kind in ProbeKind if kind is ProbeKind.text or tokenizer.bos_id is not None]
     prompts = {kind.value: data.probe_batch(kind, HORIZON, rows) for kind in kinds}
     text = prompts[ProbeKind.text.value]
+    if ProbeKind.bos_text in kinds and tokenizer.eos_id not in (None, tokenizer.bos_id):
+        prompts["eos_text"] = _with_first(prompts[ProbeKind.bos_text.value], tokenizer.eos_id)
     draw = np.random.default_rng(SEED)
     ids = np.asarray(tokenizer.text_ids)
     num_prompts = len(text.tokens_BT)
@@ -106,6 +110,13 @@ def probe_set_sha256(inputs: ProbeInputs) -> str:
         digest.update(f"{name} {tuple(batch.tokens_BT.shape)}".encode())
         digest.update(batch.tokens_BT.cpu().numpy().astype("<i8").tobytes())
     return digest.hexdigest()[:16]
+
+
+def _with_first(batch: PackedBatch, token: int) -> PackedBatch:
+    """The batch with another token at position 0 of every row; labels are as they were."""
+    tokens_BT = batch.tokens_BT.clone()
+    tokens_BT[:, 0] = token
+    return dataclasses.replace(batch, tokens_BT=tokens_BT)
 
 
 def _with_tokens(batch: PackedBatch, tokens_BT: np.ndarray) -> PackedBatch:

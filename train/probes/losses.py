@@ -2,7 +2,7 @@
 
 Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63):
 
-    loss                of ``text`` and of ``bos_text``
+    loss                of ``text``, ``bos_text`` and ``eos_text``
     loss_hidden_first   with key 0 hidden, in every layer, from every later query while it is still
                         there: what the sink is worth without the tokens moving or a token missing
     cost_hidden_first   the difference, both through the reference attention
@@ -10,8 +10,9 @@ Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63
                         also takes the model away from what it has seen in training
                         (arXiv 2504.02732, tables 2 and 3)
 
-A model that was trained without BOS doesn't know it: its ``bos_text`` says little. Where the mass
-goes when key 0 is hidden is ``interventions``' matter.
+A model that was trained without BOS doesn't know it: its ``bos_text`` says little, its ``eos_text``
+whether it misses a delimiter that it knows. Where the mass goes when key 0 is hidden is
+``interventions``' matter.
 
 Cost: three forward passes of each input, two of them through the reference attention.
 """
@@ -32,7 +33,7 @@ from train.probes.trace import everywhere, hide_first
 def probe_losses(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
     """See the module."""
     plain = {}
-    for name in ("text", "bos_text"):
+    for name in ("text", "bos_text", "eos_text"):
         if name not in inputs.prompts:
             continue
         batch = inputs.prompts[name]
