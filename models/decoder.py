@@ -57,7 +57,9 @@ class LayerRecord(NamedTuple):
         """l2 norm of each value vector, computed when asked for: few steps of training do."""
         if self.value_BTGE is None:
             return None
-        return torch.linalg.vector_norm(at_least_fp32(self.value_BTGE), dim=-1)
+        # In one pass, without a copy of the values in that precision.
+        dtype = torch.promote_types(self.value_BTGE.dtype, torch.float32)
+        return torch.linalg.vector_norm(self.value_BTGE, dim=-1, dtype=dtype)
 
 
 class DecoderOutput(NamedTuple):

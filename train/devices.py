@@ -1,14 +1,50 @@
-"""Where a run trains, in what precision, and whether it is compiled."""
+"""Where a run trains, in what precision, whether it is compiled, and how fast the card could be."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 
 from kernels.errors import UserError
 from train.config import Accelerator, Compile, Precision, StrategyName, TrainerConfig
+
+
+class Peak(NamedTuple):
+    """Dense products of a card, FLOP a second: of bf16, of TF32, of fp32 without TF32."""
+
+    bf16: float
+    tf32: float
+    fp32: float
+
+
+PEAKS = {
+    "GH200": Peak(989.4e12, 494.7e12, 66.9e12),
+    "H200 NVL": Peak(835.5e12, 417.7e12, 60e12),
+    "H200": Peak(989.4e12, 494.7e12, 66.9e12),
+    "H100 NVL": Peak(835.5e12, 417.7e12, 60e12),
+}
+"""By the first of these that is in the device's name, from the maker's data sheets. Of these cards
+Lightning 2.6 has figures for sparse matrices, or doesn't know the name that the driver gives."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What MFU is a share of: FLOP a second of dense products of ``dtype`` (bfloat16 or float32);
+    None if it isn't known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
+    if peak is not None:
+        if dtype is torch.bfloat16:
+            return peak.bf16
+        return peak.fp32 if torch.get_float32_matmul_precision() == "highest" else peak.tf32
+    with warnings.catch_warnings():
+        # Of a card that it doesn't know; perf/mfu is left out then.
+        warnings.simplefilter("ignore")
+        return get_available_flops(device, dtype)
 
 
 def device_of(trainer: TrainerConfig) -> tuple[str, str]:

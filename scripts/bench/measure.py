@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from kernels.attention import StatisticsLevel
@@ -25,6 +24,7 @@ from scripts.bench.turns import Fit, GlobalSettings
 from scripts.plain_decoder import check_plain
 from train.callbacks.recording import flops_per_token
 from train.config import RunConfig, compose
+from train.devices import peak_flops
 
 WARM_UP = 3
 """Steps of a contender before the clock counts, at least."""
@@ -241,7 +241,7 @@ class Bench:
             extra["attention"] = run.model.backend.name
         packing = self.config.packing
         speed = packing.batch_tokens / timing.median * 1000
-        peak = get_available_flops(self.device, torch.bfloat16 if self.bf16 else torch.float32)
+        peak = peak_flops(self.device, torch.bfloat16 if self.bf16 else torch.float32)
         decoder = self.runs[TRACKED].module.decoder
         flops = flops_per_token(decoder, packing.context)
         ratio = timings[PLAIN].median / timing.median if PLAIN in timings else None

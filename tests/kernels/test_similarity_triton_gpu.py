@@ -28,10 +28,12 @@ class GpuCase(NamedTuple):
     case: Case
 
 
+# The bias is one at which no query's sum of softpick's weights is nearly 0 (0.75 has one of 5e-4):
+# nearly all of the error is that one row's then, ours and the allowed one's.
 CASES = {
     "causal-D64-bf16": GpuCase(torch.bfloat16, Case(IntervalMask.causal(2, 1024), 4, 4, 64, 64)),
     "documents-T1000-D96-E48-grouped-bias-bf16": GpuCase(
-        torch.bfloat16, Case(LONG_ROWS["T1000"], 6, 2, 96, 48, bias=0.75)
+        torch.bfloat16, Case(LONG_ROWS["T1000"], 6, 2, 96, 48, bias=1.5)
     ),
     "pinned-window-D128-fp16": GpuCase(
         torch.float16, Case(LONG_ROWS["pinned-window"], 4, 2, 128, 128)

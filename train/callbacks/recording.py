@@ -4,12 +4,13 @@ import time
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import Throughput, get_available_flops
+from lightning.fabric.utilities.throughput import Throughput
 
 from data.module import TokenDataModule
 from models.batch import PackedBatch
 from models.decoder import Decoder
 from train.callbacks.step_callback import StepCallback
+from train.devices import peak_flops
 from train.evaluation import Evaluation, evaluate
 from train.module import PretrainModule
 from train.probes import ProbeInputs
@@ -44,7 +45,7 @@ class ThroughputMonitor(StepCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.flops = flops_per_token(pl_module.decoder, self.context)
-        peak = get_available_flops(pl_module.device, _matmul_dtype(trainer))
+        peak = peak_flops(pl_module.device, _matmul_dtype(trainer))
         self.throughput = Throughput(
             available_flops=peak and peak * trainer.world_size,
             window_size=self.config.log_every + 1,
