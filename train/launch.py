@@ -56,6 +56,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated")
     # Lightning counts cores; one process packs millions of tokens a second (scripts.bench_data).
     warnings.filterwarnings("ignore", ".*does not have many workers")
+    # trainer.accelerator=cpu says so.
+    warnings.filterwarnings("ignore", "GPU available but not used")
     # FSDP2 of torch 2.13: the logits leave out padded rows, and nothing is changed in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     if is_rank():

@@ -122,11 +122,14 @@ class NoWaiting(L.Callback):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("packing", ["causal", "document_document_bos"])
 def test_nothing_waits_for_the_gpu_between_log_steps(cache_dir, tmp_path, packing):
     from train.config import compose
+    from train.launch import quiet
     from train.run import run
 
+    quiet()
     far = ("tracking.validate_every=1000", "tracking.last_every=1000", "tracking.dense_until=0")
     rare = ("tracking.log_every=5", "tracking.sinks_every=5", "trainer.progress=false")
     where = (f"cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", f"packing={packing}")
