@@ -180,7 +180,7 @@ def _short(keys: list[str]) -> str:
 
 def _logged_in() -> bool:
     """Whether W&B takes what is saved, found out without asking."""
-    from train.loggers import LoggerConfig, wandb_mode
+    from train.wandb_mode import LoggerConfig, wandb_mode
 
     return wandb_mode(LoggerConfig()) == "online"
 

@@ -24,10 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kernels.errors import UserError
 from train.config import plain, register_configs, typed
+from train.going_on import way_on
 from train.gpus import jobs_at_once
 from train.mistakes import MISTAKES, JobFailed, in_one_line, tell
 from train.ranks import is_rank
 from train.run_folder import RunFolder
+from train.shortage import shortage
 from train.stopping import Stopped, StopSignals, is_first_rank
 from train.sweeps import FAILED, FINISHED, SweepJob, forget_sweep, sweep_summary
 
@@ -45,12 +47,6 @@ the job had, the device's too."""
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(settings: DictConfig) -> None:
-    # Imported late: Lightning and W&B take seconds that --help and typos need not wait for.
-    from train.going_on import way_on
-    from train.launch import start
-    from train.preparation import folder_of
-    from train.shortage import shortage
-
     chosen = HydraConfig.get()
     launcher = chosen.launcher._target_.rpartition(".")[2]
     overrides = list(chosen.overrides.task)
@@ -63,11 +59,19 @@ def main(settings: DictConfig) -> None:
     config = values = None
 
     def folder() -> RunFolder | None:
-        return None if values is None else folder_of(config, values, experiment, overrides)
+        if values is None:
+            return None
+        from train.preparation import folder_of
+
+        return folder_of(config, values, experiment, overrides)
 
     try:
         config = typed(settings)
         values = plain(settings)
+        # Imported late, here and above: Lightning and W&B take seconds that --help and mistakes in
+        # the settings need not wait for.
+        from train.launch import start
+
         with StopSignals() as signals:
             start(
                 config,

@@ -21,11 +21,11 @@ from kernels.errors import UserError, require
 from models.checkpoints import check_plain
 from models.decoder_config import DecoderConfig
 from train.kinds import GROUPS, kind_of, told_kind
-from train.loggers import LoggerConfig
 from train.mistakes import no_setting
 from train.privacy import private, with_home
 from train.run_folder import PARENT
 from train.tracking import TrackingConfig
+from train.wandb_mode import LoggerConfig
 
 
 class Precision(StrEnum):

@@ -5,8 +5,6 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from data.files import naming, write_atomically
-from kernels.errors import require
 from train.run_folder import arm_hash, arm_name
+from train.wandb_mode import LoggerConfig
 from train.wandb_names import LAYERS, wandb_key
 from train.wandb_service import (
     FINISH_SECONDS,
@@ -27,25 +25,6 @@ from train.wandb_service import (
     warn,
     within,
 )
-
-
-class WandbMode(StrEnum):
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
-@dataclass(kw_only=True)
-class LoggerConfig:
-    """Logging besides the run folder."""
-
-    wandb: WandbMode = WandbMode.auto
-    """auto = $WANDB_MODE if set; else online when logged in, offline when not. Never asks."""
-    project: str = "sinklab"
-    """W&B project."""
-    everything: bool = False
-    """Send W&B every threshold and aggregation of the sinks, not just the headline ones."""
 
 
 class MetricsCSV(Logger):
@@ -104,31 +83,6 @@ class MetricsCSV(Logger):
         writer.writeheader()
         writer.writerows(self._rows)
         write_atomically(self.path, text.getvalue().encode())
-
-
-def wandb_mode(config: LoggerConfig) -> str:
-    """The mode W&B runs in, decided without ever waiting for input.
-
-    With a login that its server doesn't answer or refuses it is offline, and a warning says so.
-    Raises UserError for an unknown ``$WANDB_MODE``, and for online without a login.
-    """
-    setting, mode = "logger.wandb", config.wandb.value
-    if config.wandb is WandbMode.auto and (variable := os.environ.get("WANDB_MODE")):
-        setting, mode = "WANDB_MODE", variable
-    known = [choice.value for choice in WandbMode if choice is not WandbMode.auto]
-    if mode in ("disabled", "offline"):
-        return mode
-    require(mode in ("auto", "online"), setting, f"must be one of {', '.join(known)}", mode)
-    try:
-        logged_in = wandb.login(prompt=False)
-    except wandb.UsageError:
-        # No key, and nobody to ask for one.
-        logged_in = False
-    except Exception as error:
-        warn(f"W&B can't be reached with the login there is ({told(error)}); the run is offline")
-        return "offline"
-    require(logged_in or mode == "auto", setting, "must not be online without a login", mode)
-    return "online" if logged_in else "offline"
 
 
 class WandbRun(WandbLogger):
@@ -222,7 +176,7 @@ def build_wandb_logger(
     experiment: str,
     overrides: list[str],
 ) -> WandbRun | None:
-    """W&B's logger, None where ``mode`` (of ``wandb_mode``) is disabled.
+    """W&B's logger, None where ``mode`` (of ``train.wandb_mode``) is disabled.
 
     ``run_id`` stays the same over resumes, so that ``wandb sync`` merges their offline runs; an
     agent's run has the id that its sweep waits for. The runs of an arm share their group, the hash

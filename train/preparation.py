@@ -14,12 +14,12 @@ from train.callbacks.checkpoints import check_state_file, is_finished
 from train.config import RunConfig
 from train.data import data_of
 from train.devices import compiled_part
-from train.loggers import wandb_mode
 from train.metrics import HORIZON
 from train.module import PretrainModule
 from train.ranks import is_first
 from train.run_folder import PARENT, RunFolder, open_run_folder, run_path
 from train.schedules import ConstantSchedule, check_schedule
+from train.wandb_mode import wandb_mode
 
 
 class Prepared(NamedTuple):

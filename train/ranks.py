@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch import Tensor
 
 from kernels.errors import UserError
@@ -86,6 +85,8 @@ def join(trainer: TrainerConfig, accelerator: str) -> int:
 
 
 def _take_names_from_slurm() -> None:
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
     slurm = SLURMEnvironment(auto_requeue=False)
     names = {
         "RANK": slurm.global_rank(),

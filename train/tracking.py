@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from kernels.attention import StatisticsLevel
 from kernels.errors import require
-from train.probes import PROBES
 
 
 @dataclass(kw_only=True)
@@ -53,6 +52,9 @@ class TrackingConfig:
         ):
             value = getattr(self, name)
             require(value >= 1, f"tracking.{name}", "must be >= 1", value)
+        if self.probes:
+            # Imported late, as they import Lightning, which --help and typos need not wait for.
+            from train.probes import PROBES
         for name in self.probes:
             require(name in PROBES, "tracking.probes", f"must be among {', '.join(PROBES)}", name)
         require(self.dense_until >= 0, "tracking.dense_until", "must be >= 0", self.dense_until)

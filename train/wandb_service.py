@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import wandb
-
 from train.privacy import PrivateFormatter, PrivateRecords
 
 FINISH_SECONDS = 300
@@ -23,6 +21,8 @@ LEAVE_SECONDS = 10
 def start_wandb(described: dict, mode: str) -> Any | None:
     """W&B's run of ``wandb.init``'s arguments: offline if it can't be reached, None if that doesn't
     work either."""
+    import wandb
+
     log = logging.getLogger("wandb")
     if not any(isinstance(known, PrivateRecords) for known in log.filters):
         log.addFilter(PrivateRecords())

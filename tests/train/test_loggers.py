@@ -6,7 +6,8 @@ import pytest
 import wandb
 
 from kernels.errors import UserError
-from train.loggers import LoggerConfig, MetricsCSV, WandbMode, wandb_mode
+from train.loggers import MetricsCSV
+from train.wandb_mode import LoggerConfig, WandbMode, wandb_mode
 
 
 def read(path):

@@ -15,7 +15,8 @@ import wandb
 from PIL import Image
 
 from train.figures import head_map_picture
-from train.loggers import LoggerConfig, build_wandb_logger
+from train.loggers import build_wandb_logger
+from train.wandb_mode import LoggerConfig
 from train.wandb_names import MAX_SCALARS, wandb_key
 
 # One run for all tests.

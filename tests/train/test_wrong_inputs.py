@@ -2,6 +2,8 @@
 code 2, and leaves nothing half-written behind."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,24 @@ def test_a_wrong_setting_ends_in_one_line(train, files, tmp_path, capsys, overri
     assert train(*overrides) == 2
     assert_one_line(capsys, expected)
     assert not (tmp_path / "run").exists()
+
+
+HEAVY = ("lightning", "wandb", "transformers", "pandas", "matplotlib", "datasets")
+
+FRESH = f"""
+import sys
+from train.__main__ import command
+assert command(["packing.context=-1"]) == 2
+sys.exit(" ".join({set(HEAVY)} & sys.modules.keys()) or None)
+"""
+
+
+def test_a_mistake_is_told_without_what_only_a_run_needs():
+    """Such imports made --help and every typo take 7 seconds."""
+    root = Path(__file__).parents[2]
+    fresh = subprocess.run([sys.executable, "-c", FRESH], cwd=root, capture_output=True, text=True)
+    told = "error: packing.context must be >= 2, got -1\n"
+    assert (fresh.returncode, fresh.stderr) == (0, told)
 
 
 def test_a_pinned_bos_that_is_the_eos(train, kept_run, tmp_path, capsys):
