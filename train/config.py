@@ -130,6 +130,9 @@ class RunConfig:
 @cache
 def register_configs() -> None:
     """Tell Hydra's ConfigStore about every section and variant; once is enough."""
+    # Hydra copies the store with all its nodes whenever it looks up a group, for --help more than a
+    # hundred times. There is one store, and it hands out copies of its nodes already.
+    ConfigStore.__deepcopy__ = lambda self, memo: self
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     store.store(group="packing", name="base", node=PackingConfig)
