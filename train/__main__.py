@@ -2,8 +2,8 @@
 
 A mistake in the settings ends in one line and exit code 2, and so do a full disk and too little
 memory. A sweep goes on when one of its runs fails, and the same sweep again runs what isn't
-finished: exit code 1 if any failed. A signal saves the run's state and ends it, and the sweep, with
-128 + its number (``train.stopping``).
+finished: exit code 2 if each that failed did so in one line, 1 if any crashed. A signal saves the
+run's state and ends it, and the sweep, with 128 + its number (``train.stopping``).
 """
 
 import os
@@ -31,7 +31,7 @@ from train.ranks import is_rank
 from train.run_folder import RunFolder
 from train.shortage import shortage
 from train.stopping import Stopped, StopSignals, is_first_rank
-from train.sweeps import FAILED, FINISHED, SweepJob, forget_sweep, sweep_summary
+from train.sweeps import SweepJob, forget_sweep, sweep_summary
 
 register_configs()
 
@@ -84,7 +84,7 @@ def main(settings: DictConfig) -> None:
                 signals=signals,
             )
         if job is not None:
-            job.ended(FINISHED)
+            job.finished()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise
@@ -110,7 +110,7 @@ def main(settings: DictConfig) -> None:
         if job is not None:
             run_folder = folder()
             why = f"{type(error).__name__}: {error}" if mistake is None else in_one_line(mistake)
-            job.ended(FAILED, why, run_folder and run_folder.path)
+            job.failed(why, run_folder and run_folder.path)
         # One run out of memory at night is no reason to lose the others.
         _failed(mistake or error, launcher)
 

@@ -18,10 +18,13 @@ from omegaconf import DictConfig
 from data.files import write_atomically
 from train.privacy import private
 
-FINISHED, FAILED = "finished", "failed"
+FAILED = "failed"
 
 _folders: list[Path] = []
 """Of the sweep that this process has started."""
+
+_just_told: list[str] = []
+"""Runs whose error this process has told, none having finished since: it stands above the end."""
 
 
 class SweepStart(Callback):
@@ -37,10 +40,19 @@ class SweepJob:
     def __init__(self, folder: Path, number: int, overrides: list[str]):
         self.path = folder / f"run-{number:05d}.json"
         self.name = f"run {number} ({' '.join(private(overrides))})"
-        self.ended(FAILED, "it was ended from outside")
+        self._leave(FAILED, "it was ended from outside")
 
-    def ended(self, how: str, why: str = "", run_dir: Path | None = None) -> None:
-        """Leave how it ended, and where its folder is, if it has one."""
+    def finished(self) -> None:
+        """It has made all its steps."""
+        _just_told.clear()
+        self._leave("finished")
+
+    def failed(self, why: str, run_dir: Path | None) -> None:
+        """It failed, as has been told; run_dir: its folder, if it has one."""
+        _just_told.append(self.name)
+        self._leave(FAILED, why, run_dir)
+
+    def _leave(self, how: str, why: str = "", run_dir: Path | None = None) -> None:
         # Its other ranks know no more.
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
             return
@@ -55,11 +67,12 @@ class SweepJob:
 def forget_sweep() -> None:
     """This process has started none."""
     _folders.clear()
+    _just_told.clear()
 
 
 def sweep_summary() -> list[str]:
     """What became of the runs of the sweep that this process started, a line for each that failed;
-    nothing if there was no sweep."""
+    nothing if there was no sweep. Why it failed is left out where that has just been told."""
     files = [path for folder in _folders for path in sorted(folder.glob("run-*.json"))]
     runs = [json.loads(path.read_text()) for path in files]
     failed = [run for run in runs if run["how"] == FAILED]
@@ -71,5 +84,6 @@ def sweep_summary() -> list[str]:
     lines = [f"sweep    {finished}, {len(failed)} failed; the same command runs these again:"]
     for run in failed:
         where = "" if run["run_dir"] is None else f", in {run['run_dir']}"
-        lines.append(f"  {run['name']}{where}: {' '.join(run['why'].split())}")
+        why = "" if run["name"] in _just_told else f": {' '.join(run['why'].split())}"
+        lines.append(f"  {run['name']}{where}{why}")
     return lines
