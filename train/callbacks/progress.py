@@ -12,10 +12,13 @@ from train.callbacks.step_callback import StepCallback
 from train.module import PretrainModule
 
 LINES = 20
-"""Lines printed over a run where there is no terminal."""
+"""Lines printed over a run where there is no terminal, at most."""
 
 FEW_LINES = 4
 """The same over one of a sweep's runs."""
+
+SECONDS = 2.0
+"""Between two of these lines, at least, but before the last."""
 
 
 class ProgressDisplay(StepCallback):
@@ -35,7 +38,7 @@ class ProgressDisplay(StepCallback):
         if not trainer.is_global_zero:
             return
         self.lines_done = trainer.global_step * self.num_lines // self.max_steps
-        self.start = time.perf_counter()
+        self.start = self.last_line = time.perf_counter()
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("training"),
@@ -57,10 +60,17 @@ class ProgressDisplay(StepCallback):
             return
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=self.figures())
-        elif step * self.num_lines // self.max_steps > self.lines_done:
-            self.lines_done = step * self.num_lines // self.max_steps
-            seconds = time.perf_counter() - self.start
-            line = f"step {step}/{self.max_steps}  {self.figures()}  {seconds:.0f} s"
+        elif self.rows.loss_step == step:
+            # Between two records a line would repeat the figures of the last.
+            self.print_line(step)
+
+    def print_line(self, step: int) -> None:
+        """Print the figures of ``step`` if a line is due."""
+        now, lines = time.perf_counter(), step * self.num_lines // self.max_steps
+        is_due = lines > self.lines_done and now - self.last_line >= SECONDS
+        if is_due or step == self.max_steps:
+            self.lines_done, self.last_line = lines, now
+            line = f"step {step}/{self.max_steps}  {self.figures()}  {now - self.start:.0f} s"
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def figures(self) -> str:

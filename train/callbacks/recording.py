@@ -129,6 +129,8 @@ class RowWriter(StepCallback):
         self.config = config
         self.data = data
         self.latest: dict[str, float] = {}
+        self.loss_step = -1
+        """Step of the latest record of the loss."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: PretrainModule) -> None:
         self.write(trainer, pl_module)
@@ -138,6 +140,7 @@ class RowWriter(StepCallback):
         if due or trainer.global_step == trainer.max_steps:
             # The sums go on after an odd last step, for a run that is resumed to be longer.
             pl_module.record(pl_module.losses(restart=due))
+            self.loss_step = trainer.global_step
             pl_module.record(
                 {"train/lr": pl_module.lr}
                 | {f"data/{name}": x for name, x in self.data.seen(batch.cursor)._asdict().items()}
