@@ -125,6 +125,10 @@ class RunConfig:
         for name in ("seed", "data_seed"):
             value = getattr(self, name)
             require(0 <= value < 2**31, name, "must be in [0, 2**31)", value)
+        # Most often a variable of the shell that isn't set.
+        for name in ("run_dir", "cache_dir"):
+            value = getattr(self, name)
+            require(value != "", name, "must be the path of a folder", value)
 
 
 @cache

@@ -58,7 +58,8 @@ def in_one_line(error: Exception) -> str:
         text = f"override {error.override!r} can't be parsed: {error.message}"
     elif isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group} must be one of {', '.join(error.options)}, got {choice!r}"
+        rule = f"{group} must be one of {', '.join(error.options)}, got {choice!r}"
+        return rule + _nearest(choice, error.options)
     elif isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_setting(cause)
     elif isinstance(cause, OmegaConfBaseException):
@@ -85,9 +86,13 @@ def _unknown_setting(error: OmegaConfBaseException) -> str:
 def no_setting(section: str, key: str, known: Iterable[str]) -> str:
     """That ``section`` (empty for all of the settings) has no ``key``, and which may be meant."""
     prefix = f"{section}." if section else ""
-    close = get_close_matches(key, list(known), n=1)
-    hint = f"; did you mean {prefix}{close[0]}?" if close else ""
-    return f"there is no setting {prefix}{key}{hint}"
+    return f"there is no setting {prefix}{key}{_nearest(key, known, prefix)}"
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to add about the known name that ``name`` is most like; nothing if it is like none."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _first_rank_tells(error: Exception) -> bool:

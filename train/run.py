@@ -171,7 +171,8 @@ def _print_start(console: Console, config: RunConfig, ready: Prepared, brief: bo
         lines.append(f"start    the weights of {config.init_from}")
     # Nobody asked the new runs of a sweep to resume.
     if config.resume and step < 0 and (folder.config.exists() or not brief):
-        lines.append(f"no checkpoint to resume in {folder.path}: starting from the beginning")
+        missing = "no checkpoint" if folder.config.exists() else "no run"
+        lines.append(f"{missing} to resume in {folder.path}: starting from the beginning")
     windows = [config.attention.window_of(layer) for layer in range(config.model.num_layers)]
     short = [window is not None and window < HORIZON for window in windows]
     if config.packing.context < HORIZON or all(short):

@@ -182,12 +182,16 @@ def test_a_killed_run_goes_on_without_a_missing_or_doubled_row(train, cache_dir,
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_its_first_checkpoint_starts_again(train, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(train, tmp_path, capsys):
     run = tmp_path / "run"
-    assert train() == 0
+    begins = f"to resume in {run}: starting from the beginning"
+    # As a script does that doesn't know whether it is the first to start the run.
+    assert train("resume=true") == 0
+    assert f"no run {begins}" in capsys.readouterr().out
     expected = metrics(run)
     (run / "checkpoints" / "last.ckpt").unlink()
     assert train("resume=true") == 0
+    assert f"no checkpoint {begins}" in capsys.readouterr().out
     pd.testing.assert_frame_equal(metrics(run), expected, check_exact=True)
 
 

@@ -52,7 +52,7 @@ def test_a_sweep_outlives_a_failed_run_and_runs_what_is_missing(
     told = capsys.readouterr()
     assert "RuntimeError: out of luck" in told.err and "failed: run 1 (seed=1 " in told.err
     # Nobody asked to resume, and a sweep's runs have a line each where a run has a table.
-    assert "no checkpoint to resume" not in told.out and "unigram entropy" not in told.out
+    assert " to resume in " not in told.out and "unigram entropy" not in told.out
     assert told.out.count(": trained for") == runs - 1
     finished = f"sweep    {runs - 1} of {runs} runs are finished, 1 failed; the same command runs"
     summary, failed = told.out.splitlines()[-2:]

@@ -36,7 +36,14 @@ WRONG_SETTINGS = {
         "there is no setting packing.contxt; did you mean packing.context?",
     ),
     "added section": (["+trackng.every=1"], "there is no setting trackng; did you mean tracking?"),
-    "unknown choice": (["attention=sofmax"], "v_bias, got 'sofmax'"),
+    "unknown choice": (
+        ["attention=sofmax"],
+        "v_bias, got 'sofmax'; did you mean softmax?",
+    ),
+    "mistyped experiment": (
+        ["experiment=gu60"],
+        "softpick, got 'gu60'; did you mean gu60m?",
+    ),
     "unknown experiment": (
         ["experiment=nothing"],
         "error: experiment must be one of barbero120m, ",
@@ -121,6 +128,7 @@ WRONG_SETTINGS = {
         "tokenizer.path",
     ),
     "hub that can't be reached": (["corpus=hub", "corpus.name=nobody/nothing"], "corpus.name"),
+    "empty cache_dir": (["cache_dir="], "cache_dir must be the path of a folder, got ''"),
     "negative seed": (["seed=-1"], "seed must be in [0, 2**31), got -1"),
     "no log steps": (["tracking.log_every=0"], "tracking.log_every must be >= 1, got 0"),
     "unknown statistics": (["tracking.statistics=all"], "tracking.statistics"),
@@ -193,6 +201,11 @@ def test_run_dir_that_is_a_file(train, tmp_path, capsys):
     (tmp_path / "run").write_text("")
     assert train() == 2
     assert_one_line(capsys, "run_dir must be a folder")
+
+
+def test_run_dir_that_is_empty(train, capsys):
+    assert train("run_dir=", run_dir=None) == 2
+    assert_one_line(capsys, "run_dir must be the path of a folder, got ''")
 
 
 def test_resuming_with_other_settings(train, copied, capsys):
