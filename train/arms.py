@@ -17,6 +17,9 @@ from train.run_folder import NOT_THE_EXPERIMENT, PARENT, SEEDS, flat
 if TYPE_CHECKING:
     from train.runs import Run
 
+FEW_SETTINGS = 3
+"""Settings of a label that needs no shortening."""
+
 
 def differences(runs: Sequence[Run]) -> pd.DataFrame:
     """One row a run, by its path: a column a setting that differs, then ``seed``, ``data_seed``.
@@ -46,17 +49,53 @@ def arm_label(runs: Sequence[Run]) -> dict[Path, str]:
 
     ``packing.mask=document, packing.bos=pinned``; the experiment's name if none does.
     """
-    different = {name for name in differences(runs).columns if name not in SEEDS}
+    return {
+        run.path: ", ".join(told.values()) or run.experiment
+        for run, told in zip(runs, _different(runs), strict=True)
+    }
+
+
+def short_arm_label(runs: Sequence[Run]) -> dict[Path, str]:
+    """The same, of unlike runs with no more settings than tell their arms apart.
+
+    ``attention=softmax, +13 more``. Labels of up to ``FEW_SETTINGS`` are whole.
+    """
+    different = _different(runs)
+    names = _telling(different)
     labels = {}
-    for run in runs:
-        told = [
-            f"{name}={_told(value)}"
+    for run, told in zip(runs, different, strict=True):
+        kept = [text for name, text in told.items() if len(told) <= FEW_SETTINGS or name in names]
+        more = [f"+{len(told) - len(kept)} more"] if len(kept) < len(told) else []
+        labels[run.path] = ", ".join(kept + more) or run.experiment
+    return labels
+
+
+def _different(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Of each run ``name=value`` by name, of the settings in which the runs differ."""
+    different = {name for name in differences(runs).columns if name not in SEEDS}
+    return [
+        {
+            name: f"{name}={_told(value)}"
             for name, value in _comparable(run).items()
             # What isn't set is no part of a name.
             if name in different and (value is not None or name != "init_from")
-        ]
-        labels[run.path] = ", ".join(told) or run.experiment
-    return labels
+        }
+        for run in runs
+    ]
+
+
+def _telling(different: list[dict[str, str]]) -> list[str]:
+    """Names of few settings by which all are told apart that differ at all: again and again the
+    one that tells most of them, the first of equals."""
+    names = list(dict.fromkeys(name for told in different for name in told))
+
+    def kinds(chosen: list[str]) -> int:
+        return len({tuple(told.get(name) for name in chosen) for told in different})
+
+    chosen: list[str] = []
+    while kinds(chosen) < kinds(names):
+        chosen.append(max(names, key=lambda name: kinds([*chosen, name])))
+    return chosen
 
 
 def _comparable(run: Run) -> dict[str, Any]:

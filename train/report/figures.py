@@ -166,8 +166,8 @@ def mass_against_loss(arms: Sequence[Arm]) -> go.Figure | None:
             marker={"color": arm.colour, "size": 10, "symbol": symbol, "line_width": 1.5},
             legendgroup=group(arm),
             name=told(arm.legend),
-            hovertemplate=f"<b>%{{text}}</b><br>{told(arm.legend, 60)}<br>loss %{{x:.4f}} nats"
-            "<br>mass %{y:.4f}, uniform %{customdata:.4f}<extra></extra>",
+            hovertemplate=f"<b>%{{text}}</b><br>{told(arm.whole_legend, 60)}<br>"
+            "loss %{x:.4f} nats<br>mass %{y:.4f}, uniform %{customdata:.4f}<extra></extra>",
         )
     if not figure.data:
         return None

@@ -10,10 +10,11 @@ import pandas as pd
 
 from data.packing import BosKind
 from kernels.errors import require
+from train.arms import arm_label, short_arm_label
 from train.onset import HEAD_ALPHA, RunOnset, run_onset, scheduled_rates
 from train.plotting import ARM_COLOURS
 from train.report.curves import common_steps, mean_and_range, short_count
-from train.runs import Run, arm_label, load_run
+from train.runs import Run, load_run
 
 NORM_PANELS: dict[str, tuple[str, Callable]] = {
     "norm_first/massive_ratio": ("hidden state, largest over layers", np.max),
@@ -85,10 +86,14 @@ class ReportRun:
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """Runs that differ in nothing but seeds, in the order given."""
+    """Runs that differ in nothing but seeds, in the order given.
+
+    label: all settings in which the arms differ; short: some that tell them apart.
+    """
 
     index: int
     label: str
+    short: str
     runs: tuple[ReportRun, ...]
 
     @property
@@ -98,7 +103,10 @@ class Arm:
     @property
     def name(self) -> str:
         """The label, marked if masses are proxies, which aren't to be compared with others."""
-        return f"{self.label} (proxy)" if self.is_proxy else self.label
+        return self._marked(self.label)
+
+    def _marked(self, label: str) -> str:
+        return f"{label} (proxy)" if self.is_proxy else label
 
     @property
     def colour(self) -> str:
@@ -135,7 +143,12 @@ class Arm:
 
     @property
     def legend(self) -> str:
-        """The name, and which runs are ``behind``."""
+        """The short label, marked as the name is, and which runs are ``behind``."""
+        return ", ".join([self._marked(self.short), *self.behind])
+
+    @property
+    def whole_legend(self) -> str:
+        """The same with the whole label."""
         return ", ".join([self.name, *self.behind])
 
     def curve(self, name: str) -> pd.DataFrame:
@@ -183,7 +196,7 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
     require(len(paths) > 0, "RUN", "must name at least one run folder", "none")
     loaded = {Path(path).resolve(): Path(path) for path in paths}
     found = [load_run(path) for path in loaded.values()]
-    labels = arm_label(found)
+    labels, short = arm_label(found), short_arm_label(found)
     arms = {label: index for index, label in enumerate(dict.fromkeys(labels.values()))}
     names = [run.name for run in found]
     runs = []
@@ -207,8 +220,9 @@ def gather(paths: Sequence[Path | str]) -> tuple[list[ReportRun], list[Arm]]:
                 probe_sets=tuple(sorted(map(str, probes["probe_set"].dropna().unique()))),
             )
         )
+    by_label = {labels[path]: short[path] for path in labels}
     return runs, [
-        Arm(index, label, tuple(run for run in runs if run.arm == index))
+        Arm(index, label, by_label[label], tuple(run for run in runs if run.arm == index))
         for label, index in arms.items()
     ]
 

@@ -55,6 +55,7 @@ NOTES = {
     "at ... of ... tokens": "a seed that hasn't reached its last step: the means, ranges and "
     "table row of its arm end at the last step that all its seeds have, onsets are of each seed's "
     "own curve",
+    "+ ... more": "settings in which an arm differs too; the table of arms has them all",
     "proxy": "share of weights that no softmax made; not to be compared with probabilities",
 }
 

@@ -1,11 +1,13 @@
 """Figures of record: the report's main curves through matplotlib, as PNG and SVG."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,6 +18,12 @@ from train.report.gather import NORM_PANELS, Arm, proxy_mark
 
 LINE_STYLES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 """matplotlib's names of plotly's line styles."""
+
+LETTERS = 11
+"""Of a legend's line, for each inch of the figure."""
+
+COLUMNS = 4
+"""Of a legend, at most."""
 
 
 def draw_record(arms: Sequence[Arm], folder: Path) -> list[Path]:
@@ -53,7 +61,7 @@ def _excess_mass(arms: Sequence[Arm]) -> Figure | None:
     axis.set(
         ylabel=f"mass − uniform baseline{proxy_mark(arms)}", title="First key, first 64 queries"
     )
-    _legend(axis)
+    _legend(figure)
     return figure
 
 
@@ -71,10 +79,11 @@ def _mass_against_loss(arms: Sequence[Arm]) -> Figure | None:
         return None
     if len(levels) == 1:
         axis.axhline(levels.pop(), label="uniform attention", **BASELINE)
-    axis.set_ylim(bottom=0)
+    # Room for the topmost point as a whole.
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.set(xlabel="canonical loss (nats a label)", ylabel=f"mass, T = 64{proxy_mark(arms)}")
     axis.set_title("Mass against canonical loss")
-    _legend(axis)
+    _legend(figure)
     return figure
 
 
@@ -91,8 +100,10 @@ def _norm_ratios(arms: Sequence[Arm]) -> Figure | None:
         axis.set_yscale("log")
         plain_numbers(axis.yaxis)
         axis.set(ylabel="norm over the median of ordinary tokens", title=f"Row's first: {title}")
-    _legend(axes[0])
-    return figure if drawn else None
+    if not drawn:
+        return None
+    _legend(figure)
+    return figure
 
 
 def _draw_curves(axis: Axes, curves: list[tuple[Arm, pd.DataFrame]]) -> bool:
@@ -111,10 +122,30 @@ def _draw_curves(axis: Axes, curves: list[tuple[Arm, pd.DataFrame]]) -> bool:
     return bool(curves)
 
 
-def _legend(axis: Axes) -> None:
-    axis.legend(frameon=False, fontsize=8)
+def _legend(figure: Figure) -> None:
+    """One legend for all axes, below them, for which the figure grows: it covers no curve."""
+    entries: dict[str, Artist] = {}
+    for axis in figure.axes:
+        handles, labels = axis.get_legend_handles_labels()
+        entries = dict(zip(labels, handles, strict=True)) | entries
+    width = int(LETTERS * figure.get_figwidth())
+    labels = [textwrap.fill(label, width, break_on_hyphens=False) for label in entries]
+    for columns in range(min(COLUMNS, len(labels)), 0, -1):
+        legend = figure.legend(
+            entries.values(),
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+        )
+        size = legend.get_tightbbox()
+        if columns == 1 or size.width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + size.height / figure.dpi)
 
 
 def _told(label: str) -> str:
     # A label that begins with an underscore would be left out of the legend; $ starts a formula.
-    return label.replace(", ", "\n").lstrip("_").replace("$", r"\$")
+    return label.lstrip("_").replace("$", r"\$")

@@ -161,7 +161,7 @@ def add_curve(
         line={"color": arm.colour, "width": 2, "dash": dash or arm.dash},
         legendgroup=group(arm),
         name=told(arm.legend),
-        hovertemplate=f"<b>{told(arm.legend, 60)}</b><br>{seeds}<br>%{{x:,}}"
+        hovertemplate=f"<b>{told(arm.whole_legend, 60)}</b><br>{seeds}<br>%{{x:,}}"
         f"<br>{quantity} %{{y:.4f}}"
         + ("<br>from %{customdata[0]:.4f} to %{customdata[1]:.4f}" if len(arm.runs) > 1 else "")
         + "<extra></extra>",
