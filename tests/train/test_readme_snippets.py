@@ -57,11 +57,11 @@ def test_what_is_read_is_the_runs(executed):
     assert executed["mass"].shape[1] == executed["model"].config.num_layers * 2
     assert executed["pattern"].index[0] == "<bos>"
     assert executed["pattern"].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
-    exported = {path.name for path in Path("exported").iterdir()}
+    exported = {path.name for path in Path("runs/exported").iterdir()}
     assert exported == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
-    config = json.loads(Path("exported/config.json").read_text())
+    config = json.loads(Path("runs/exported/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
