@@ -119,6 +119,10 @@ def test_probed_losses_are_those_of_training(run):
         ours = table["loss", kind.value, -1].item()
         assert ours == pytest.approx(logged[f"probe/t64_{kind.value}/loss"], rel=1e-5)
         mass = table["mass", kind.value, -1].item()
+        # Of a row: as the decoder has it.
+        batch = probe_inputs(run.data(), rows=rows).rows[f"row_{kind.value}"]
+        wanted = run.at(8).model.loss(batch).loss / (batch.labels_BT >= 0).sum()
+        assert table["loss", f"row_{kind.value}", -1].item() == pytest.approx(wanted.item())
         assert mass == pytest.approx(logged[f"probe/t64_{kind.value}/mass"], rel=1e-5)
 
 
@@ -137,6 +141,13 @@ def test_the_probe_set(run):
     assert (eos.tokens_BT[:, 0] == tokenizer.eos_id).all()
     assert (bos.tokens_BT[:, 1:] == eos.tokens_BT[:, 1:]).all()
     assert (bos.labels_BT == eos.labels_BT).all()
+    assert set(inputs.rows) == {"row_text", "row_bos_text", "row_eos_text"}
+    context = data.packing.context
+    assert all(batch.tokens_BT.shape == (5, context) for batch in inputs.rows.values())
+    text, bos = inputs.rows["row_text"], inputs.rows["row_bos_text"]
+    assert (text.tokens_BT[:, :-1] == bos.tokens_BT[:, 1:]).all()
+    assert (text.labels_BT[:, :-1] == bos.labels_BT[:, 1:]).all()
+    assert (text.labels_BT >= 0).sum() == 5 * (context - 2)
     class_V = token_classes(tokenizer)
     comma, word = (tokenizer.encode_batch([text])[0][0] for text in (",", "the"))
     assert class_V[comma] == TokenClass.delimiter and class_V[word] == TokenClass.other

@@ -8,6 +8,8 @@
     repeated   one such token 64 times, another one in each prompt
     written    the prompts of ``text`` with what packing writes into rows (a fixed token, random
                ones), where it does
+    row_...    text, bos_text and eos_text of the run's context instead of 64 tokens, up to 32; for
+               losses alone, which are of text after text there, as a paper's validation loss is
     context    held-out rows, packed as the run packs them
 
 Random and repeated tokens are arXiv 2410.10781's (table 1), which has no BOS in front of them.
@@ -36,6 +38,9 @@ from train.probes.base import ProbeInputs
 
 VERSION = 3
 """Of how a probe set is made from held-out text; raised when that changes."""
+
+LONG_ROWS = 32
+"""Rows of the context's length, at most."""
 
 SEED = 2410_10781
 """Of the random and repeated tokens."""
@@ -80,11 +85,11 @@ def probe_inputs(
     require(context >= HORIZON, "packing.context", f"must be >= {HORIZON} to be probed", context)
     require(rows >= 1, "rows", "must be >= 1", rows)
     tokenizer = data.tokenizer
-    kinds = [kind for kind in ProbeKind if kind is ProbeKind.text or tokenizer.bos_id is not None]
-    prompts = {kind.value: data.probe_batch(kind, HORIZON, rows) for kind in kinds}
+    prompts = _text_prompts(data, HORIZON, rows)
+    long = {}
+    if data.validation.lengths_N.max() >= context:
+        long = _text_prompts(data, context, min(rows, LONG_ROWS))
     text = prompts[ProbeKind.text.value]
-    if ProbeKind.bos_text in kinds and tokenizer.eos_id not in (None, tokenizer.bos_id):
-        prompts["eos_text"] = _with_first(prompts[ProbeKind.bos_text.value], tokenizer.eos_id)
     draw = np.random.default_rng(SEED)
     ids = np.asarray(tokenizer.text_ids)
     num_prompts = len(text.tokens_BT)
@@ -99,13 +104,28 @@ def probe_inputs(
         context=[data.own_batches()[0].to(device)],
         token_class_V=token_classes(tokenizer).to(device),
         trained_with_bos=data.packing.bos is not BosKind.none,
+        rows={f"row_{name}": batch.to(device) for name, batch in long.items()},
     )
+
+
+def _text_prompts(data: TokenDataModule, num_tokens: int, rows: int) -> dict[str, PackedBatch]:
+    """Prompts of text, after a BOS and after an EOS where there are such, with the same labels."""
+    tokenizer = data.tokenizer
+    kinds = [kind for kind in ProbeKind if kind is ProbeKind.text or tokenizer.bos_id is not None]
+    prompts = {kind.value: data.probe_batch(kind, num_tokens, rows) for kind in kinds}
+    if ProbeKind.bos_text in kinds and tokenizer.eos_id not in (None, tokenizer.bos_id):
+        prompts["eos_text"] = _with_first(prompts[ProbeKind.bos_text.value], tokenizer.eos_id)
+    return prompts
 
 
 def probe_set_sha256(inputs: ProbeInputs) -> str:
     """16 hex digits over the version and every token id: equal ones were probed alike."""
     digest = hashlib.sha256(f"probe set {VERSION}".encode())
-    named = [*inputs.prompts.items(), *(("context", batch) for batch in inputs.context)]
+    named = [
+        *inputs.prompts.items(),
+        *inputs.rows.items(),
+        *(("context", batch) for batch in inputs.context),
+    ]
     for name, batch in named:
         digest.update(f"{name} {tuple(batch.tokens_BT.shape)}".encode())
         digest.update(batch.tokens_BT.cpu().numpy().astype("<i8").tobytes())

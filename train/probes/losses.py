@@ -2,7 +2,8 @@
 
 Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63):
 
-    loss                of ``text``, ``bos_text`` and ``eos_text``
+    loss                of ``text``, ``bos_text`` and ``eos_text``; and of ``row_text`` and so on, rows
+                        of the run's n tokens, on text tokens 2 to n - 1
     loss_hidden_first   with key 0 hidden, in every layer, from every later query while it is still
                         there: what the sink is worth without the tokens moving or a token missing
     cost_hidden_first   the difference, both through the reference attention
@@ -14,7 +15,10 @@ A model that was trained without BOS doesn't know it: its ``bos_text`` says litt
 whether it misses a delimiter that it knows. Where the mass goes when key 0 is hidden is
 ``interventions``' matter.
 
-Cost: three forward passes of each input, two of them through the reference attention.
+A prompt's loss is mostly that of a document's beginning, which a delimiter gives away: there even a
+model for which position 0 means nothing has use of one. Over a whole row that is nothing.
+
+Cost: three forward passes of each prompt, two of them through the reference attention; one of rows.
 """
 
 from __future__ import annotations
@@ -45,5 +49,8 @@ def probe_losses(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
         yield Finding("loss", name, plain[name])
         yield Finding("loss_hidden_first", name, hidden)
         yield Finding("cost_hidden_first", name, hidden - seen)
+    for name, batch in inputs.rows.items():
+        loss = decoder.loss(batch, statistics="off").loss.item()
+        yield Finding("loss", name, loss / int((batch.labels_BT != IGNORE_LABEL).sum()))
     if "bos_text" in plain:
         yield Finding("cost_without_bos", "text", plain["text"] - plain["bos_text"])
