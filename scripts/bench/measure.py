@@ -142,7 +142,9 @@ class Bench:
         self._warm_up(TRACKED, self.options.agree)
         self.stage.make_room(self.peaks[TRACKED].gib, contenders=3)
         bare = self._fit(BARE, ["tracking.statistics=off"])
-        self._warm_up(BARE, WARM_UP)
+        # As many steps as the others: what a step's products draw of a card's power, and so its
+        # clock, depends on how far the weights have come.
+        self._warm_up(BARE, self.options.agree)
         if self._can_be(MATERIALISED, check_materialised):
             self._add_materialised(bare)
         if self._can_be(PLAIN, check_plain):

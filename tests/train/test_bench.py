@@ -1,6 +1,7 @@
 """The bench of whole training runs, on a model that takes no time."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -59,10 +60,11 @@ def test_every_contender_has_an_entry(entries):
 
 def test_plain_and_ours_learn_the_same(entries):
     ours, bare, plain = (entry["loss"] for entry in entries[1:4])
-    assert ours["step"] == plain["step"] == 6 and bare["step"] == 3
+    assert ours["step"] == plain["step"] == bare["step"] == 6
     assert ours["nats"] == pytest.approx(plain["nats"], abs=1e-3)
+    assert bare["nats"] == pytest.approx(ours["nats"], abs=1e-3)
     # Learning has begun, so the update is compared too.
-    assert plain["nats"] < bare["nats"]
+    assert plain["nats"] < 0.99 * math.log(600), plain
 
 
 def test_materialised_adds_its_share_of_a_pass(entries):
