@@ -25,7 +25,7 @@ from train.mistakes import exit_code
 from train.stopping import Stopped
 
 if TYPE_CHECKING:
-    from train.findings.campaign import Campaign, Places
+    from train.findings.campaign import Places
     from train.findings.store import Results
 
 
@@ -48,47 +48,53 @@ def main(arguments: list[str]) -> None:
     if options.only is not None:
         only(findings[0], budget, options)
         return
-    from train.findings.campaign import Campaign
-
-    # One for all, as --seconds is.
-    campaign = Campaign(places_of(options), jobs=options.jobs, seconds=options.seconds)
-    failed = [
-        told for finding in findings for told in reproduce(finding, budget, options, campaign)
-    ]
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
+    reproduce(findings, budget, options)
 
 
-def reproduce(
-    finding: Finding, budget: Budget, options: argparse.Namespace, campaign: Campaign
-) -> list[str]:
-    """Make what is missing, print and store what there is; returns what failed."""
-    from train.findings.campaign import plans_of, records, seeds_wanted
+def reproduce(findings: list[Finding], budget: Budget, options: argparse.Namespace) -> None:
+    """Make what is missing of all of them in one queue; print and store what there is.
 
-    places = campaign.places
-    print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
-    if options.plan or budget.name == "paper":
-        print("\n".join(plan_lines(finding, budget)))
-        if options.plan:
-            return []
-    seeds = seeds_wanted(finding, budget, options.seeds)
-    plans = plans_of(finding, budget, seeds, places.extra)
-    missing = campaign.run(finding, plans, budget)
+    Raises ``UserError`` if a run failed, after the others.
+    """
+    from train.findings.campaign import Campaign, records, seeds_wanted, tasks_of
+
+    for finding in findings:
+        if options.plan or budget.name == "paper":
+            print_title(finding, budget)
+            print("\n".join(plan_lines(finding, budget)))
+    if options.plan:
+        return
+    places = places_of(options)
+    tasks = {
+        finding.name: tasks_of(
+            finding, budget, seeds_wanted(finding, budget, options.seeds), places.extra
+        )
+        for finding in findings
+    }
+    campaign = Campaign(places, jobs=options.jobs, seconds=options.seconds)
+    missing = campaign.run([task for one in tasks.values() for task in one], budget)
     if missing.waiting:
         print(f"{len(missing.waiting)} runs are still to make: the same command goes on")
-    made = records(plans, places)
-    if not made:
-        return missing.failed
-    results = results_of(finding, budget, made)
-    if options.store:
-        from train.findings.page import store_outcomes
+    for finding in findings:
+        made = records(tasks[finding.name], places)
+        if not made:
+            continue
+        print_title(finding, budget)
+        results = results_of(finding, budget, made)
+        if options.store:
+            from train.findings.page import store_outcomes
 
-        # Perhaps more seeds than were asked for now.
-        results = stored_results(finding, budget, options.folder)
-        for path in store_outcomes(finding.name, budget, options.folder):
-            print(path)
-    print_results(finding, budget, results, options.folder)
-    return missing.failed
+            # Perhaps more seeds than were asked for now.
+            results = stored_results(finding, budget, options.folder)
+            for path in store_outcomes(finding.name, budget, options.folder):
+                print(path)
+        print_results(finding, budget, results, options.folder)
+    if missing.failed:
+        raise UserError(f"{len(missing.failed)} runs failed, the first: {missing.failed[0]}")
+
+
+def print_title(finding: Finding, budget: Budget) -> None:
+    print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
 
 
 def only(finding: Finding, budget: Budget, options: argparse.Namespace) -> None:

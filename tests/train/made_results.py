@@ -36,6 +36,7 @@ MEASURES = {
             **{f"rate_030_{where}_{p}": 0.1 for where in ("at", "beside") for p in range(3)},
         }.items()
     },
+    **{f"row_{place}/loss": 2.5 for place in ("text", "bos_text", "eos_text")},
     "documents/start_rate_030": 0.3,
     "documents/inner_rate_030": 0.05,
     "canonical_loss": 3.0,

@@ -158,13 +158,14 @@ def test_a_censored_run_has_no_emergence_and_says_nothing_of_layers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"text/excess": 0.01, "text/rate_030": 0.005, "text/hidden_ratio": 1.5}, "holds"),
-        ({"text/excess": 0.01, "text/rate_030": 0.005, "text/hidden_ratio": 7.0}, "doesn't hold"),
+        ({"excess": 0.01, "rate_030": 0.005, "hidden_ratio": 1.5}, "holds"),
+        ({"excess": 0.01, "rate_030": 0.005, "hidden_ratio": 7.0}, "doesn't hold"),
     ],
 )
 def test_the_proxy_is_believed_only_if_the_norms_agree(tmp_path, values, expected):
     finding = FINDINGS["attention_ops"]
-    store_made(tmp_path, finding, {"sigmoid": values | {"text/value_ratio": 0.9}})
+    measured = {f"natural/{name}": value for name, value in values.items()}
+    store_made(tmp_path, finding, {"sigmoid": measured | {"natural/value_ratio": 0.9}})
     assert (
         judged(tmp_path, "sigmoid, without normalisation, has", finding=finding).verdict == expected
     )
@@ -193,7 +194,10 @@ def test_the_pinned_model_is_held_against_every_unpinned_one(tmp_path):
     store_made(tmp_path, PACKING, changed("causal_document_bos", bos_text_in_excess=0.3))
     assert judged(tmp_path, "more than causal_document_bos").verdict is Verdict.fails
     store_made(tmp_path, PACKING, changed("causal_document_bos", text_in_loss=3.2))
-    assert judged(tmp_path, "causal_document_bos doesn't care").verdict is Verdict.fails
+    prompts = "causal_document_bos doesn't care whether a BOS is there, on 64-token prompts"
+    assert judged(tmp_path, prompts).verdict is Verdict.fails
+    rows = "causal_document_bos doesn't care whether a BOS is there, on rows"
+    assert judged(tmp_path, rows).verdict is Verdict.holds
 
 
 def test_what_cannot_be_decided_is_not(tmp_path):

@@ -14,7 +14,7 @@ from kernels.errors import UserError
 from scripts.reproduce import command
 from tests.train.test_findings_stored import check_stored
 from train.findings import FINDINGS, campaign, jobs
-from train.findings.budgets import BUDGETS, planned, run_dir
+from train.findings.budgets import BUDGETS, planned, run_dir, tokens_of
 from train.findings.measures import CURVES, Record
 
 TINY = ("trainer.max_steps=3", "tracking.validate_every=1", "model.num_heads=4")
@@ -136,7 +136,7 @@ def test_several_at_once_and_one_that_fails(reproduce, tmp_path, capsys):
     for count in ("1", "2"):
         assert reproduce("noise", "--seeds", "1", "--jobs", count, folder=count, runs="broken") == 2
         shown = capsys.readouterr()
-        assert "failed: causal seed 0" in shown.out and "1 runs failed" in shown.err
+        assert "failed: noise causal seed 0" in shown.out and "1 runs failed" in shown.err
         assert list(stored(tmp_path / count)) == ["packing=causal_pinned_bos_seed=0.json"]
         for record in (tmp_path / "broken" / "cpu").glob("*/record.json"):
             record.unlink()
@@ -218,7 +218,7 @@ def test_a_fault_of_one_run_stops_no_other(monkeypatch, tmp_path):
     """No mistake of the user's: a kernel that doesn't compile, a GPU without memory."""
     finding, budget = FINDINGS["noise"], BUDGETS["cpu"]
     places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
-    plans = campaign.plans_of(finding, budget, [0], ())
+    tasks = campaign.tasks_of(finding, budget, [0], ())
     begun = []
 
     def fails(plan, *args, **more):
@@ -226,10 +226,10 @@ def test_a_fault_of_one_run_stops_no_other(monkeypatch, tmp_path):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(campaign, "make", fails)
-    missing = campaign.Campaign(places).run(finding, plans, budget)
+    missing = campaign.Campaign(places).run(tasks, budget)
     assert begun == ["causal", "pinned"] and not missing.waiting
-    log = campaign.log_path(plans[0], places)
-    assert missing.failed[0] == f"causal seed 0: RuntimeError, see {log}"
+    log = campaign.log_path(tasks[0].plan, places)
+    assert missing.failed[0] == f"noise causal seed 0: RuntimeError, see {log}"
     assert "out of memory" in log.read_text()
 
 
@@ -239,13 +239,58 @@ def test_no_run_begins_that_would_end_too_late(monkeypatch, tmp_path):
     places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
     started = []
     monkeypatch.setattr(campaign, "start", lambda *args, **more: started.append(args))
-    plans = campaign.plans_of(finding, budget, [0], ())
+    tasks = campaign.tasks_of(finding, budget, [0], ())
     assert budget.seconds < 90
-    for took, seconds in (([], budget.seconds - 1), ([90.0], 80.0)):
+    tokens = tokens_of(tasks[0].plan.preset)
+    for took, seconds in (([], budget.seconds - 1), ([(90.0, tokens)], 80.0)):
         one = campaign.Campaign(places, jobs=3, seconds=seconds)
         one._took += took
-        assert one.run(finding, plans, budget) == campaign.Missing(plans, [])
+        assert one.run(tasks, budget) == campaign.Missing([task.plan for task in tasks], [])
     assert not started
+
+
+def test_a_shorter_run_is_made_when_a_longer_one_would_end_too_late(monkeypatch, tmp_path):
+    finding, budget = FINDINGS["emergence"], BUDGETS["minutes"]
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    begun = []
+
+    def made(plan, *args, **more):
+        begun.append(plan.arm.name)
+        raise UserError("made up")
+
+    monkeypatch.setattr(campaign, "make", made)
+    tasks = campaign.tasks_of(finding, budget, [0], ())
+    one = campaign.Campaign(places, seconds=100.0)
+    one._took.append((50.0, tokens_of(tasks[1].plan.preset)))
+    missing = one.run(tasks, budget)
+    assert begun == ["pinned"] and [plan.arm.name for plan in missing.waiting] == ["causal"]
+
+
+def test_findings_share_a_queue_and_a_run_that_both_want(monkeypatch, tmp_path):
+    budget = BUDGETS["cpu"]
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    begun = []
+
+    def made(plan, *args, **more):
+        begun.append(plan.slug)
+        raise UserError("made up")
+
+    monkeypatch.setattr(campaign, "make", made)
+    wanted = ("noise", "emergence", "data_amount")
+    tasks = [t for n in wanted for t in campaign.tasks_of(FINDINGS[n], budget, [0, 1], ())]
+    missing = campaign.Campaign(places).run(tasks, budget)
+    assert len(begun) == len(set(begun)) == 8 < len(tasks) == 14
+    assert begun[:2] == ["baseline_seed=0", "packing=causal_pinned_bos_seed=0"]
+    assert len(missing.failed) == 8 and not missing.waiting
+
+
+def test_data_that_cannot_be_used_end_a_campaign_of_several_jobs_at_once(tmp_path, capsys):
+    where = ["--runs", str(tmp_path / "runs"), "--folder", str(tmp_path / "findings")]
+    lost = ["--set", "corpus.paths=[nowhere.jsonl]", "--set", f"cache_dir={tmp_path / 'cache'}"]
+    assert command(["noise", "--seeds", "1", "--jobs", "2", *where, *lost]) == 2
+    shown = capsys.readouterr()
+    assert "corpus.paths must match at least one file" in shown.err
+    assert not list((tmp_path / "runs").rglob("*.log"))
 
 
 def test_runs_at_once_share_cores_and_take_gpus_in_turn(monkeypatch):

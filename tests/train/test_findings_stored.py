@@ -71,11 +71,15 @@ def test_stored_runs_of_other_settings_are_told():
 
 
 def test_arms_of_one_setting_are_one_run():
-    plans = [
-        planned(FINDINGS[name], MINUTES, FINDINGS[name].arms[0], 3)
-        for name in ("noise", "packing", "attention_ops", "fixed_token")
-    ]
-    assert {(plan.pool, plan.slug) for plan in plans} == {("minutes", "baseline_seed=3")}
+    for names, slug in (
+        ({"noise": 0, "packing": 0, "fixed_token": 0}, "baseline_seed=3"),
+        ({"noise": 1, "emergence": 1, "attention_ops": 0}, "packing=causal_pinned_bos_seed=3"),
+    ):
+        plans = [
+            planned(FINDINGS[name], MINUTES, FINDINGS[name].arms[arm], 3)
+            for name, arm in names.items()
+        ]
+        assert {(plan.pool, plan.slug) for plan in plans} == {("minutes", slug)}
     every = [
         planned(finding, MINUTES, arm, 0)
         for finding in FINDINGS.values()

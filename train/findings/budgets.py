@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ BUDGETS = {
         ),
         Budget(
             name="minutes",
-            meant_for="one H100, less than a minute a run",
+            meant_for="one H100, less than a minute of it a run",
             overrides=("experiment=minutes",),
             implied=("packing=causal",),
             seeds=None,
@@ -181,6 +182,21 @@ def difference(stored: dict, now: dict) -> str | None:
         if before != after:
             return f"{name} {before!r} there, {after!r} here"
     return None
+
+
+LENGTHS = ("trainer.max_steps", "packing.batch_tokens")
+"""Settings that make an arm's runs longer or shorter than its preset's."""
+
+
+def tokens_of(preset: tuple[str, ...], own: tuple[str, ...] = ()) -> int:
+    """Tokens that a run trains on, of the budget's or paper's preset and an arm's overrides."""
+    return _tokens((*preset, *(o for o in own if o.partition("=")[0] in LENGTHS)))
+
+
+@cache
+def _tokens(overrides: tuple[str, ...]) -> int:
+    config, _ = compose([*overrides])
+    return config.trainer.max_steps * config.packing.batch_tokens
 
 
 def run_dir(plan: Planned, root: Path) -> Path:

@@ -22,9 +22,18 @@ import torch
 from data.files import exclusive_lock, write_atomically
 from kernels.errors import UserError
 from train.config import compose
+from train.data import data_of
 from train.findings.base import Arm, Finding
-from train.findings.budgets import Budget, Planned, difference, planned, run_dir, seeds_of
-from train.findings.jobs import logged, start
+from train.findings.budgets import (
+    Budget,
+    Planned,
+    difference,
+    planned,
+    run_dir,
+    seeds_of,
+    tokens_of,
+)
+from train.findings.jobs import logged, start, why_failed
 from train.findings.measures import PROBED, Record, measured
 from train.findings.store import record_path, store_record
 from train.launch import quiet
@@ -36,6 +45,13 @@ from train.stopping import StopSignals
 
 RECORD = "record.json"
 """The record in a run's folder."""
+
+TOLD = {
+    "natural/excess": "excess mass",
+    "natural/rate_030": "rate",
+    "canonical_loss": "canonical loss",
+}
+"""Measures in the line that tells of a run, by the name there: of prompts as it was trained."""
 
 SPENT = "spent_seconds"
 """In a run's folder, what its starts that were stopped have taken."""
@@ -51,6 +67,13 @@ class Places(NamedTuple):
     extra: tuple[str, ...] = ()
 
 
+class Task(NamedTuple):
+    """A run, and the finding that asks for it."""
+
+    finding: Finding
+    plan: Planned
+
+
 class Missing(NamedTuple):
     """What a campaign left undone: runs not begun, and what failed."""
 
@@ -58,12 +81,12 @@ class Missing(NamedTuple):
     failed: list[str]
 
 
-def plans_of(
+def tasks_of(
     finding: Finding, budget: Budget, seeds: Sequence[int], extra: tuple[str, ...]
-) -> list[Planned]:
+) -> list[Task]:
     """Every run, seed by seed."""
     return [
-        planned(finding, budget, arm, seed, extra)
+        Task(finding, planned(finding, budget, arm, seed, extra))
         for seed in seeds
         for arm in finding.arms_of(budget.name)
     ]
@@ -146,7 +169,7 @@ def _made(
 
 
 class Campaign:
-    """The runs of a finding within a time.
+    """Runs of one finding or several within a time, as one queue.
 
     jobs: runs at once, each a process of its own if more than one, on the GPUs in turn. seconds:
     none is begun that wouldn't be done by then, as far as is known; None: no limit. tell: of each
@@ -165,76 +188,87 @@ class Campaign:
         self.jobs = jobs
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.tell = tell
-        self._took: list[float] = []
+        self._took: list[tuple[float, int]] = []
+        self._has_data = False
 
-    def run(self, finding: Finding, plans: Sequence[Planned], budget: Budget) -> Missing:
-        """Make the runs that are missing; failures don't stop the others."""
-        found = [(plan, record_of(plan, self.places)) for plan in plans]
-        for plan, record in found:
+    def run(self, tasks: Sequence[Task], budget: Budget) -> Missing:
+        """Make the runs that are missing, in their order; failures don't stop the others.
+
+        An arm that several findings have is run once, for the first of them. Raises ``UserError``
+        for stored runs of other settings, and, with several jobs, for data that can't be used.
+        """
+        once: dict[Path, Task] = {}
+        for task in tasks:
+            once.setdefault(run_dir(task.plan, self.places.runs), task)
+        found = [(task, record_of(task.plan, self.places)) for task in once.values()]
+        for task, record in found:
             if record is not None:
-                self._keep(plan, record)
-                self._took.append(record.seconds * self.jobs)
-        todo = [plan for plan, record in found if record is None]
-        done = len(plans) - len(todo)
-        self.tell(f"{finding.name}: {len(plans)} runs, {done} done before")
+                self._keep(task.plan, record)
+                self._took.append((record.seconds * self.jobs, _tokens(task.plan)))
+        todo = [task for task, record in found if record is None]
+        names = ", ".join(dict.fromkeys(task.finding.name for task in tasks))
+        self.tell(f"{names}: {len(found)} runs, {len(found) - len(todo)} done before")
         with StopSignals(requeues=False) as signals:
             if self.jobs == 1:
-                return self._in_turn(finding, budget, todo, signals)
-            return self._side_by_side(finding, budget, todo)
+                return self._in_turn(budget, todo, signals)
+            return self._side_by_side(budget, todo)
 
-    def _is_over(self, budget: Budget) -> bool:
+    def _next(self, waiting: list[Task], budget: Budget) -> Task | None:
+        """The first that would be done in time, taken from those that wait; None if none would."""
+        for task in waiting:
+            if not self._is_over(task, budget):
+                waiting.remove(task)
+                return task
+        return None
+
+    def _is_over(self, task: Task, budget: Budget) -> bool:
         """Whether a run that begins now would end too late: the time on a clock counts."""
         if self.deadline is None:
             return False
-        expected = sum(self._took) / len(self._took) if self._took else budget.seconds
+        expected = budget.seconds
+        if self._took:
+            seconds, tokens = map(sum, zip(*self._took, strict=True))
+            expected = seconds / tokens * _tokens(task.plan)
         return time.monotonic() + expected > self.deadline
 
-    def _in_turn(
-        self, finding: Finding, budget: Budget, todo: list[Planned], signals: StopSignals
-    ) -> Missing:
+    def _in_turn(self, budget: Budget, waiting: list[Task], signals: StopSignals) -> Missing:
         failed = []
         quiet()
-        for index, plan in enumerate(todo):
-            if self._is_over(budget):
-                return Missing(todo[index:], failed)
-            began = time.monotonic()
+        while (task := self._next(waiting, budget)) is not None:
+            plan, began = task.plan, time.monotonic()
+            log = log_path(plan, self.places)
             try:
-                with logged(log_path(plan, self.places)):
+                with logged(log):
                     record = make(plan, self.places, signals)
             except UserError as error:
-                failed.append(f"{plan.arm.name} seed {plan.seed}: {error}")
-                self.tell(f"failed: {failed[-1]}")
-                continue
+                failed.append(self._failed(task, str(error)))
             except Exception as error:
                 # One arm's mistake, or a GPU out of memory, isn't the other runs'.
-                told = f"{type(error).__name__}, see {log_path(plan, self.places)}"
-                failed.append(f"{plan.arm.name} seed {plan.seed}: {told}")
-                self.tell(f"failed: {failed[-1]}")
-                continue
-            self._finished(finding, plan, record, began)
-        return Missing([], failed)
+                failed.append(self._failed(task, f"{type(error).__name__}, see {log}"))
+            else:
+                self._finished(task, record, began)
+        return Missing([task.plan for task in waiting], failed)
 
-    def _side_by_side(self, finding: Finding, budget: Budget, todo: list[Planned]) -> Missing:
-        waiting, failed = list(todo), []
-        running: dict[subprocess.Popen, tuple[Planned, float, int]] = {}
+    def _side_by_side(self, budget: Budget, waiting: list[Task]) -> Missing:
+        failed: list[str] = []
+        running: dict[subprocess.Popen, tuple[Task, float, int]] = {}
         slots = list(reversed(range(self.jobs)))
         try:
-            while running or (waiting and not self._is_over(budget)):
-                while waiting and len(running) < self.jobs and not self._is_over(budget):
-                    plan = waiting.pop(0)
+            while True:
+                while len(running) < self.jobs and (task := self._next(waiting, budget)):
                     slot = slots.pop()
-                    process = self._start(finding, budget, plan, slot)
-                    running[process] = plan, time.monotonic(), slot
+                    running[self._start(task, budget, slot)] = task, time.monotonic(), slot
+                if not running:
+                    break
                 for process in [process for process in running if process.poll() is not None]:
-                    plan, began, slot = running.pop(process)
+                    task, began, slot = running.pop(process)
                     slots.append(slot)
-                    record = record_of(plan, self.places) if process.returncode == 0 else None
+                    record = record_of(task.plan, self.places) if process.returncode == 0 else None
                     if record is None:
-                        log = log_path(plan, self.places)
-                        failed.append(f"{plan.arm.name} seed {plan.seed}: see {log}")
-                        self.tell(f"failed: {failed[-1]}")
+                        why = why_failed(log_path(task.plan, self.places))
+                        failed.append(self._failed(task, why))
                     else:
-                        self._finished(finding, plan, record, began)
+                        self._finished(task, record, began)
                 time.sleep(0.05)
         finally:
             # Ctrl-C and SIGTERM: each saves its state and ends.
@@ -242,11 +276,16 @@ class Campaign:
                 process.terminate()
             for process in running:
                 process.wait()
-        return Missing(waiting, failed)
+        return Missing([task.plan for task in waiting], failed)
 
-    def _start(
-        self, finding: Finding, budget: Budget, plan: Planned, slot: int
-    ) -> subprocess.Popen:
+    def _start(self, task: Task, budget: Budget, slot: int) -> subprocess.Popen:
+        finding, plan = task
+        if not self._has_data:
+            # Here once, rather than by whoever comes first while all others wait; and data that
+            # can't be used end the campaign before it begins.
+            config, _ = plan.compose(self.places.extra)
+            data_of(config).setup()
+            self._has_data = True
         command = [
             *(sys.executable, "-m", "scripts.reproduce", finding.name, "--budget", budget.name),
             *("--only", f"{plan.arm.name}:{plan.seed}", "--runs", str(self.places.runs)),
@@ -256,13 +295,19 @@ class Campaign:
             command += ["--set", override]
         return start(command, log_path(plan, self.places), slot=slot, jobs=self.jobs)
 
-    def _finished(self, finding: Finding, plan: Planned, record: Record, began: float) -> None:
+    def _failed(self, task: Task, why: str) -> str:
+        told = f"{task.finding.name} {task.plan.arm.name} seed {task.plan.seed}: {why}"
+        self.tell(f"failed: {told}")
+        return told
+
+    def _finished(self, task: Task, record: Record, began: float) -> None:
+        finding, plan = task
         took = time.monotonic() - began
-        self._took.append(took)
+        self._took.append((took, _tokens(plan)))
         self._keep(plan, record)
         told = ", ".join(
-            f"{measure} {record.values[measure]:.3f}"
-            for measure in ("natural/excess", "natural/rate_030", "canonical_loss")
+            f"{title} {record.values[measure]:.3f}"
+            for measure, title in TOLD.items()
             if measure in record.values
         )
         self.tell(f"{finding.name} {plan.arm.name} seed {plan.seed}: {took:.0f} s; {told}")
@@ -271,6 +316,11 @@ class Campaign:
         path = record_path(self.places.stored, plan)
         if self.places.store and not path.exists():
             store_record(path, record)
+
+
+def _tokens(plan: Planned) -> int:
+    """That the run trains on."""
+    return tokens_of(plan.preset, plan.own)
 
 
 def make_only(
@@ -282,9 +332,9 @@ def make_only(
         make(planned(finding, budget, arm, seed, places.extra), places, signals, jobs=jobs)
 
 
-def records(plans: Sequence[Planned], places: Places) -> list[tuple[Arm, Record]]:
+def records(tasks: Sequence[Task], places: Places) -> list[tuple[Arm, Record]]:
     """Those that are done."""
-    found = [(plan.arm, record_of(plan, places)) for plan in plans]
+    found = [(task.plan.arm, record_of(task.plan, places)) for task in tasks]
     return [(arm, record) for arm, record in found if record is not None]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from pathlib import Path
 
-from train.config import compose
 from train.findings import FINDINGS
-from train.findings.base import PRIMARY, Arm, Claim, Finding
-from train.findings.budgets import Budget, seeds_of
+from train.findings.base import PRIMARY, Claim, Finding
+from train.findings.budgets import Budget, seeds_of, tokens_of
 from train.findings.page import stored_noise
 from train.findings.statistics import smallest_effect
 from train.findings.store import stored_results
@@ -49,9 +47,9 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
     seeds, arms = len(seeds_of(finding, budget)), finding.arms_of(budget.name)
     took = [run.seconds for run in results.runs]
     preset = budget.overrides or (f"experiment={finding.experiment}",)
-    tokens = sum(_tokens((*preset, *_of_length(arm))) for arm in arms)
+    tokens = sum(tokens_of(preset, arm.overrides) for arm in arms)
     # By the token: arms differ in length, and not all of them may have run.
-    seconds_a_token = budget.seconds / _tokens(preset)
+    seconds_a_token = budget.seconds / tokens_of(preset)
     if took:
         seconds_a_token = sum(took) / sum(run.values["tokens"] for run in results.runs)
     seconds = seconds_a_token * tokens
@@ -66,19 +64,6 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
     ]
 
 
-def _of_length(arm: Arm) -> tuple[str, ...]:
-    """The overrides that make an arm's runs longer or shorter than the preset's."""
-    names = ("trainer.max_steps", "packing.batch_tokens")
-    return tuple(o for o in arm.overrides if o.partition("=")[0] in names)
-
-
-@cache
-def _tokens(overrides: tuple[str, ...]) -> int:
-    """Of a run."""
-    config, _ = compose([*overrides])
-    return config.trainer.max_steps * config.packing.batch_tokens
-
-
 def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> str:
     """Whether the effects that the paper reports are larger than the smallest that can be told."""
     effects = [c for c in finding.claims if c.effect is not None and c.paper_effect is not None]
@@ -87,11 +72,11 @@ def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> st
     if finding.undecided is not None and budget.name != "paper":
         return f"no: {finding.undecided}"
     if finding.name == "noise":
-        return "it is what tells"
+        return "it measures what can be told"
     if seeds < MIN_SEEDS:
         return f"no: fewer than {MIN_SEEDS} seeds"
     if not effects:
-        return "its claims name no difference that noise could hide"
+        return "its claims aren't about a difference"
     if not noise:
         return "unknown: run noise first"
     smallest = [(claim.paper_effect, _smallest(claim, RATE_OF, seeds, noise)) for claim in effects]

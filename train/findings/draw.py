@@ -122,8 +122,8 @@ def _name(measure: str) -> str:
     known = {
         "bos_text/excess": "BOS + text",
         "text/excess": "text",
-        "text/rate_030": "first token",
-        "text/null_rate_030": "slot",
+        "natural/rate_030": "first token",
+        "natural/null_rate_030": "slot",
     }
     if "_at_" in measure:
         return f"position {int(measure[-1]) + 1}"

@@ -50,3 +50,12 @@ def logged(log: Path) -> Iterator[None]:
         except Exception:
             traceback.print_exc(file=file)
             raise
+
+
+def why_failed(log: Path) -> str:
+    """What the log of a run that failed ends with: a user's mistake in its own words."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    last = lines[-1] if lines else ""
+    if last.startswith("error: "):
+        return last.removeprefix("error: ")
+    return f"see {log}"

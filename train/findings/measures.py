@@ -3,13 +3,13 @@
 Measures of the last step, by name:
 
     <input>/excess, mass, rate_030, ...   the first key's on 64-token prompts (``probes.sinks``);
-                                          input: text, bos_text, written, random, context
+                                          input: text, bos_text, eos_text, written, random, context
     <input>/null_..., of_keys_...         the slot's, and the first key's without the slot
     <input>/heads_030                     heads whose mean alpha is above 0.3, of ``heads``
     <input>/rate_030_at_P, beside_P       the rate of the key at position P (from 0), the largest of
                                           the other of the first 16 keys
     natural/...                           of the prompts that begin as the run's own rows do
-    <input>/loss, cost_without_bos, ...   nats a label (``probes.losses``)
+    <input>/loss, cost_without_bos, ...   nats a label (``probes.losses``), of row_text, ... too
     <input>/hidden_ratio, value_ratio     first position over the others: of the layer with the
                                           largest hidden, the smallest value ratio (mean of heads)
     documents/start_..., inner_...        keys of documents (``probes.documents``)
@@ -61,6 +61,7 @@ CURVES = {
     "bos_text/excess": "probe/t64_bos_text/excess",
     "bos_text/rate_030": "probe/t64_bos_text/rate_030",
     "text/null_rate_030": "probe/t64_text_null/rate_030",
+    "bos_text/null_rate_030": "probe/t64_bos_text_null/rate_030",
     "canonical_loss": "val/canonical_loss",
     "train_loss": "train/loss",
 }

@@ -2,8 +2,8 @@
 
 Nats a label on 64-token prompts, always on the same labels (text tokens 2 to 63):
 
-    loss                of ``text``, ``bos_text`` and ``eos_text``; and of ``row_text`` and so on, rows
-                        of the run's n tokens, on text tokens 2 to n - 1
+    loss                of ``text``, ``bos_text`` and ``eos_text``; and of ``row_text`` and so on,
+                        rows of the run's n tokens, on text tokens 2 to n - 1
     loss_hidden_first   with key 0 hidden, in every layer, from every later query while it is still
                         there: what the sink is worth without the tokens moving or a token missing
     cost_hidden_first   the difference, both through the reference attention
