@@ -128,11 +128,13 @@ class Claim:
 
 
 class Column(NamedTuple):
-    """A column of a finding's table: a measure, its heading, whether it is shown in per cent."""
+    """A column of a finding's tables: a measure, its heading, whether it is shown in per cent, and
+    which of the tables it stands in, which follow each other by number."""
 
     measure: str
     title: str
     percent: bool = False
+    table: int = 0
 
 
 class Panel(NamedTuple):

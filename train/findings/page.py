@@ -124,7 +124,7 @@ def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Pat
         "",
     ]
     if told["claims"]:
-        lines += ["Criteria, written down before:", ""]
+        lines += ["<details><summary>Criteria, written down before</summary>", ""]
         for claim in told["claims"]:
             direction = "; ".join(claim["criterion"]["direction"])
             magnitude = "; ".join(claim["criterion"]["magnitude"])
@@ -132,7 +132,7 @@ def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Pat
                 f"- {claim['says']}. Direction: {direction}."
                 + (f" Magnitude: {magnitude}." if magnitude else "")
             )
-        lines.append("")
+        lines += ["", "</details>", ""]
     if finding.unknown:
         lines += [f"Not told by the paper: {'; '.join(finding.unknown)}.", ""]
     notes = folder / f"{finding.name}.md"

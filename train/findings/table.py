@@ -164,26 +164,10 @@ def _spread(noise: Noise, finding: Finding) -> dict[str, Any]:
 
 def lines_of(finding: Finding, budget: Budget, told: dict[str, Any]) -> list[str]:
     """The outcome as Markdown, which reads well in a terminal too."""
-    arms = [arm.name for arm in finding.arms_of(budget.name)]
-    paper = [row for row in told["table"] if any("paper" in cell for cell in row["arms"].values())]
-    header = ["arm", "seeds"]
-    for row in told["table"]:
-        header += [row["title"], *(["paper"] if row in paper else [])]
-    columns = {column.measure: column for column in finding.columns}
-    rows = []
-    for arm in arms:
-        cells = [arm, str(len(told["seeds"].get(arm, [])))]
-        for row in told["table"]:
-            cell, percent = row["arms"][arm], columns[row["measure"]].percent
-            cells.append(cell_text(cell, percent))
-            if row in paper:
-                cells.append(number(cell["paper"], percent) if "paper" in cell else "")
-        rows.append(cells)
-    lines = [
-        *markdown(header, rows),
-        "",
-        f"Mean ± standard deviation over seeds; {finding.aggregation}.",
-    ]
+    lines = []
+    for number in dict.fromkeys(column.table for column in finding.columns):
+        lines += [*_table(finding, budget, told, number), ""]
+    lines.append(f"Mean ± standard deviation over seeds; {finding.aggregation}.")
     if told["mixed_data"]:
         lines += ["", f"Seeds that saw other data: of {', '.join(told['mixed_data'])}."]
     if told["onsets"]:
@@ -210,6 +194,26 @@ def lines_of(finding: Finding, budget: Budget, told: dict[str, Any]) -> list[str
             f"{', '.join(cost['devices'])}.",
         ]
     return lines
+
+
+def _table(finding: Finding, budget: Budget, told: dict[str, Any], number: int) -> list[str]:
+    """The table of that number: arms by columns, ours beside the paper's."""
+    columns = {column.measure: column for column in finding.columns if column.table == number}
+    shown = [row for row in told["table"] if row["measure"] in columns]
+    paper = [row for row in shown if any("paper" in cell for cell in row["arms"].values())]
+    header = ["arm", "seeds"]
+    for row in shown:
+        header += [row["title"], *(["paper"] if row in paper else [])]
+    rows = []
+    for arm in (arm.name for arm in finding.arms_of(budget.name)):
+        cells = [arm, str(len(told["seeds"].get(arm, [])))]
+        for row in shown:
+            cell, percent = row["arms"][arm], columns[row["measure"]].percent
+            cells.append(cell_text(cell, percent))
+            if row in paper:
+                cells.append(paper_text(cell["paper"], percent) if "paper" in cell else "")
+        rows.append(cells)
+    return markdown(header, rows)
 
 
 def _why(claim: dict[str, Any]) -> str:
@@ -275,7 +279,7 @@ def cell_text(cell: dict[str, Any], percent: bool) -> str:
     return f"{text} ({' to '.join(ends)}/{totals[0]})"
 
 
-def number(value: float, percent: bool) -> str:
+def paper_text(value: float, percent: bool) -> str:
     """A paper's number."""
     return f"{100 * value:.2f} %" if percent else f"{value:g}"
 
