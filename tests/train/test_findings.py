@@ -107,14 +107,32 @@ def test_an_effect_that_noise_could_make_decides_nothing(tmp_path):
     assert told[:3] == (Verdict.undecided,) * 3 and 0.02 < told.effect < told.tellable
 
 
-def test_a_measure_that_a_run_lacks_decides_nothing(tmp_path):
-    store_made(tmp_path, PACKING, COLLAPSED)
-    path = tmp_path / "runs" / "minutes" / "packing=document_document_bos_seed=1.json"
+def drop_measure(folder: Path, seed: int) -> None:
+    """As of a run from before the measure was taken."""
+    path = folder / "runs" / "minutes" / f"packing=document_document_bos_seed={seed}.json"
     record = Record.from_json(path)
     del record.values["documents/inner_rate_030"]
     path.write_bytes(record.to_json())
-    told = judged(tmp_path, "document_document_bos")
-    assert told.verdict is Verdict.undecided and "documents/inner_rate_030" in told.reason
+
+
+def test_runs_from_before_a_measure_was_taken_decide_nothing(tmp_path):
+    store_made(tmp_path, PACKING, COLLAPSED, seeds=4)
+    drop_measure(tmp_path, 1)
+    told = judged(tmp_path, "document_document_bos has its sinks")
+    assert told.verdict is Verdict.holds and told.seeds == 3
+    drop_measure(tmp_path, 2)
+    told = judged(tmp_path, "document_document_bos has its sinks")
+    assert told.verdict is Verdict.undecided and told.seeds == 2
+    assert "not every run has documents/inner_rate_030" in told.reason
+
+
+def test_a_measure_that_is_no_number_decides_nothing(tmp_path):
+    """Unlike one that wasn't taken: leaving the run out would leave out what it says."""
+    odd = {"documents/inner_rate_030": np.nan}
+    store_made(tmp_path, PACKING, COLLAPSED | {"document_document_bos": odd}, seeds=4)
+    told = judged(tmp_path, "document_document_bos has its sinks")
+    assert told.verdict is Verdict.undecided and told.seeds == 4
+    assert "documents/inner_rate_030" in told.reason
 
 
 def test_an_order_that_still_changes_is_still_rising(tmp_path):

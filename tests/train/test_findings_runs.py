@@ -58,8 +58,8 @@ def measures_of(finding) -> set[str]:
     """All that a finding asks of a run."""
     asked = {column.measure for column in finding.columns}
     for claim in finding.claims:
-        sides = [side for test in claim.tests for side in (test.left, test.right)]
-        asked |= {side.measure for side in (*sides, *(claim.effect or ())) if side is not None}
+        sides = [side for test in claim.tests for side in test.sides]
+        asked |= {side.measure for side in (*sides, *(claim.effect or ()))}
     return asked
 
 

@@ -59,6 +59,11 @@ class AtLeast:
     strict: bool = False
     sign: str = field(default=">=", init=False)
 
+    @property
+    def sides(self) -> list[Of]:
+        """What it compares."""
+        return [side for side in (self.left, self.right) if side is not None]
+
     def holds(self, left: float, right: float) -> bool:
         bound = self.times * right + self.plus
         return left > bound if self.strict else left >= bound
@@ -118,9 +123,8 @@ class Claim:
     @property
     def arms(self) -> list[str]:
         """The arms that it is about."""
-        sides = [side for test in self.tests for side in (test.left, test.right)]
-        sides += self.effect or ()
-        return list(dict.fromkeys(side.arm for side in sides if side is not None))
+        sides = [side for test in self.tests for side in test.sides]
+        return list(dict.fromkeys(side.arm for side in (*sides, *(self.effect or ()))))
 
     @property
     def tests(self) -> tuple[AtLeast, ...]:

@@ -16,6 +16,7 @@ NOISE = Finding(
     columns=(
         Column("natural/excess", "excess mass, T = 64"),
         Column("natural/mass", "mass"),
+        Column("eos_text/excess", "excess mass, EOS + text"),
         Column("natural/rate_030", "rate, eps 0.3", percent=True),
         Column("natural/rate_080", "rate, eps 0.8", percent=True),
         Column("onset/onset_step", "onset, step"),

@@ -117,6 +117,7 @@ PACKING = Finding(
     columns=(
         Column("bos_text/excess", "excess, BOS + text"),
         Column("text/excess", "excess, text"),
+        Column("eos_text/excess", "excess, EOS + text"),
         Column("bos_text/rate_030", "rate, BOS + text", percent=True),
         Column("text/rate_030", "rate, text", percent=True),
         Column("bos_text/loss", "loss, BOS + text", table=1),

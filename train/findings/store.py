@@ -45,6 +45,22 @@ class Results:
     def runs(self) -> list[Record]:
         return [record for seeds in self.records.values() for record in seeds.values()]
 
+    def with_measures(self, wanted: Iterable[Of]) -> Results:
+        """Without the records that don't have what is wanted of their arm at all, not even as a
+        value that isn't a number: they were made before it was taken."""
+        of_arm: dict[str, set[str]] = {}
+        for what in wanted:
+            of_arm.setdefault(what.arm, set()).add(what.measure)
+        records = {
+            arm: {s: one for s, one in seeds.items() if of_arm.get(arm, set()) <= set(one.values)}
+            for arm, seeds in self.records.items()
+        }
+        return Results(self.finding, self.budget, records)
+
+    def lacks(self, what: Of) -> bool:
+        """Whether a record of the arm was made before the measure was taken."""
+        return any(what.measure not in one.values for one in self.records[what.arm].values())
+
     def values(self, what: Of) -> dict[int, float]:
         """A measure of an arm by seed, nan where a run hasn't it."""
         seeds = self.records.get(what.arm, {})

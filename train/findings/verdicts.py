@@ -88,7 +88,12 @@ def noise_like(measure: str, noise: Noise) -> tuple[float, int] | None:
 
 
 def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
-    """The verdicts of a claim; the same for the same records."""
+    """The verdicts of a claim; the same for the same records.
+
+    Records from before one of its measures was taken are left out.
+    """
+    every, sides = results, [side for test in claim.tests for side in test.sides]
+    results = every.with_measures(sides)
     counts = [set(results.records.get(arm, {})) for arm in claim.arms]
     seeds = len(set.intersection(*counts)) if counts else 0
 
@@ -101,7 +106,10 @@ def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
     if results.finding.undecided is not None and budget.name != "paper":
         return same(Verdict.undecided, results.finding.undecided)
     if seeds < MIN_SEEDS:
-        return same(Verdict.undecided, f"{seeds} of the {MIN_SEEDS} seeds that it takes")
+        told = f"{seeds} of the {MIN_SEEDS} seeds that it takes"
+        if lacking := next((side for side in sides if every.lacks(side)), None):
+            told += f"; not every run has {lacking}"
+        return same(Verdict.undecided, told)
     if missing := _missing(claim.direction, claim.effect or (), results):
         return same(Verdict.undecided, f"not every run has {missing}")
     numbers: tuple[float, ...] = ()
@@ -153,7 +161,7 @@ def unstable_from(pair: tuple[Of, Of], results: Results) -> int | None:
 
 def _missing(tests: Iterable[AtLeast], others: Iterable[Of], results: Results) -> Of | None:
     """The first side that isn't a number in every run of its arm."""
-    sides = [side for test in tests for side in (test.left, test.right) if side is not None]
+    sides = [side for test in tests for side in test.sides]
     for side in (*sides, *others):
         if len(results.known(side)) < len(results.records[side.arm]):
             return side
