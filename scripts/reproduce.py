@@ -72,25 +72,34 @@ def reproduce(findings: list[Finding], budget: Budget, options: argparse.Namespa
         for finding in findings
     }
     campaign = Campaign(places, jobs=options.jobs, seconds=options.seconds)
-    missing = campaign.run([task for one in tasks.values() for task in one], budget)
-    if missing.waiting:
-        print(f"{len(missing.waiting)} runs are still to make: the same command goes on")
-    for finding in findings:
-        made = records(tasks[finding.name], places)
-        if not made:
-            continue
-        print_title(finding, budget)
-        results = results_of(finding, budget, made)
-        if options.store:
-            from train.findings.page import store_outcomes
-
-            # Perhaps more seeds than were asked for now.
-            results = stored_results(finding, budget, options.folder)
-            for path in store_outcomes(finding.name, budget, options.folder):
-                print(path)
-        print_results(finding, budget, results, options.folder)
+    try:
+        missing = campaign.run([task for one in tasks.values() for task in one], budget)
+        if missing.waiting:
+            print(f"{len(missing.waiting)} runs are still to make: the same command goes on")
+    finally:
+        # Also of a campaign that was interrupted.
+        for finding in findings:
+            made = records(tasks[finding.name], places)
+            if made:
+                print_title(finding, budget)
+                results = results_of(finding, budget, made)
+                print_outcome(finding, budget, results, options)
     if missing.failed:
         raise UserError(f"{len(missing.failed)} runs failed, the first: {missing.failed[0]}")
+
+
+def print_outcome(
+    finding: Finding, budget: Budget, results: Results, options: argparse.Namespace
+) -> None:
+    """Ours beside the paper's; stored first, if asked for."""
+    if options.store:
+        from train.findings.page import store_outcomes
+
+        # Perhaps more seeds than were asked for now.
+        results = stored_results(finding, budget, options.folder)
+        for path in store_outcomes(finding.name, budget, options.folder):
+            print(path)
+    print_results(finding, budget, results, options.folder)
 
 
 def print_title(finding: Finding, budget: Budget) -> None:

@@ -27,9 +27,11 @@ PEAKS = {
     "H200 NVL": Peak(835.5e12, 417.7e12, 60e12),
     "H200": Peak(989.4e12, 494.7e12, 66.9e12),
     "H100 NVL": Peak(835.5e12, 417.7e12, 60e12),
+    "L40S": Peak(362e12, 183e12, 91.6e12),
+    "L40": Peak(181e12, 90.5e12, 90.5e12),
 }
-"""By the first of these that is in the device's name, from the maker's data sheets. Of these cards
-Lightning 2.6 has figures for sparse matrices, or doesn't know the name that the driver gives."""
+"""By the first of these that is in the device's name, from the maker's data sheets. For these cards
+Lightning 2.6 has figures of sparse matrices or another card's, or doesn't know the driver's name."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

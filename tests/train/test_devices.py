@@ -16,6 +16,8 @@ CUDA = torch.device("cuda")
         ("NVIDIA GH200 480GB", 989.4e12),
         ("NVIDIA H200 NVL", 835.5e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
         ("A card of next year", None),
     ],
 )

@@ -167,8 +167,9 @@ def test_no_sink_at_all_isnt_sinks_at_document_starts(tmp_path):
 def test_a_censored_run_has_no_emergence_and_says_nothing_of_layers(tmp_path):
     finding = FINDINGS["emergence"]
     store_made(tmp_path, finding, {"pinned": {"onset/censored": 1, "onset/onset_step": np.nan}})
-    for says in ("pinned: a sink", "pinned: layers"):
-        assert judged(tmp_path, says, finding=finding).verdict is Verdict.undecided
+    told = judged(tmp_path, "pinned: a sink", finding=finding)
+    assert told.verdict is Verdict.fails and "onset/censored" in told.reason
+    assert judged(tmp_path, "pinned: layers", finding=finding).verdict is Verdict.undecided
     assert judged(tmp_path, "causal: a sink", finding=finding).verdict is Verdict.holds
     assert judged(tmp_path, "causal: layers", finding=finding).verdict is Verdict.holds
 
@@ -277,8 +278,11 @@ def test_noise_is_the_larger_spread_of_the_baselines(tmp_path):
             made_by = record.made_by | {"trained_with_bos": with_bos}
             moved = 0.1 * seed * (with_bos is False)
             values = record.values | {"bos_text/mass": 0.2 + moved, "text/mass": 0.3 - moved}
+            # A known delimiter and whole rows go with the text, or with the BOS, as prompts do.
+            values |= {"eos_text/mass": 0.3 + 0.2 * seed * with_bos, "row_bos_text/loss": moved}
             results.records[arm][seed] = replace(record, made_by=made_by, values=values)
-    assert noise_of(results)["bos_text/mass"][0] == pytest.approx(0, abs=1e-9)
+    for measure in ("bos_text/mass", "eos_text/mass", "row_bos_text/loss"):
+        assert noise_of(results)[measure][0] == pytest.approx(0, abs=1e-9)
     assert noise_of(results)["text/mass"][0] == pytest.approx(0.1 * np.std(range(8), ddof=1))
     told = outcome(stored_results(finding, MINUTES, tmp_path), {})
     smallest = told["spread"]["natural/excess"]["smallest_effect"]

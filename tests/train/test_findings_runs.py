@@ -199,6 +199,8 @@ def test_a_context_is_cut_to_what_another_arm_sees(cache_dir):
     assert config.packing.context < other.packing.context
     ratio = config.packing.batch_tokens / other.packing.batch_tokens
     assert ratio == pytest.approx(1, abs=0.1)
+    packing, steps = config.packing, config.trainer.max_steps
+    assert tokens_of(plan.preset, plan.own) == packing.batch_tokens * steps
 
 
 def test_the_compiler_forgets_models_between_runs(monkeypatch, tmp_path):
@@ -291,6 +293,26 @@ def test_data_that_cannot_be_used_end_a_campaign_of_several_jobs_at_once(tmp_pat
     shown = capsys.readouterr()
     assert "corpus.paths must match at least one file" in shown.err
     assert not list((tmp_path / "runs").rglob("*.log"))
+
+
+def test_why_a_run_failed_is_its_own_last_word(tmp_path):
+    """Not an earlier start's, to whose log it adds."""
+    log = tmp_path / "run.log"
+    log.write_bytes(b"at work\nerror: corpus.paths must match\n")
+    assert jobs.why_failed(log, 0) == "corpus.paths must match"
+    written = log.stat().st_size
+    with log.open("ab") as file:
+        file.write(b"killed at \xff\n")
+    assert jobs.why_failed(log, written) == f"see {log}"
+    assert jobs.why_failed(log, log.stat().st_size) == f"see {log}"
+
+
+def test_jobs_with_a_gpu_each_share_none(monkeypatch, tmp_path):
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
+    monkeypatch.delenv(jobs.VISIBLE, raising=False)
+    for gpus, share in ((0, 6), (1, 6), (2, 3), (4, 2), (8, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert campaign.Campaign(places, jobs=6).share == share
 
 
 def test_runs_at_once_share_cores_and_take_gpus_in_turn(monkeypatch):

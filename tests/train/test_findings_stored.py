@@ -27,6 +27,7 @@ from train.findings.page import (
 )
 from train.findings.store import FOLDER, stored_results
 from train.findings.table import lines_of, markdown, outcome
+from train.findings.verdicts import Verdict, judge
 
 ROOT = Path(__file__).parents[2]
 MINUTES = BUDGETS["minutes"]
@@ -244,6 +245,27 @@ def test_seeds_that_saw_other_data_are_told(tmp_path):
     told = outcome(results, {})
     assert told["mixed_data"] == ["pinned"]
     assert any("other data: of pinned" in line for line in lines_of(finding, MINUTES, told))
+
+
+def test_arms_that_saw_other_data_are_not_compared(tmp_path):
+    store_made(tmp_path, PACKING, COLLAPSED)
+    results = stored_results(PACKING, MINUTES, tmp_path)
+    results.records["causal_pinned_bos"] = {
+        seed: replace(one, made_by=one.made_by | {"data_sha256": "other"})
+        for seed, one in results.records["causal_pinned_bos"].items()
+    }
+    verdicts = {claim.says: judge(claim, results, {}) for claim in PACKING.claims}
+    told = next(one for says, one in verdicts.items() if "more than causal," in says)
+    assert told.verdict is Verdict.undecided and "other data: of causal," in told.reason
+    # Within an arm all is as it was; and other text that was asked for is no other data.
+    assert verdicts[next(says for says in verdicts if "its sinks" in says)].verdict is Verdict.holds
+    assert results.other_data(["causal", "document"]) == ""
+    long = {
+        s: replace(one, own=("corpus.min_document_tokens=9",), made_by={"data_sha256": "long"})
+        for s, one in results.records["causal_long"].items()
+    }
+    results.records["causal_long"] = long
+    assert results.other_data(["causal", "causal_long"]) == ""
 
 
 def test_a_papers_effect_is_held_to_the_noise_of_rates(tmp_path):

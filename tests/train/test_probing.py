@@ -5,6 +5,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from data.evaluation import ProbeKind
@@ -14,7 +15,7 @@ from tests.huggingface_models import CONFIGS, save_model
 from train.going_on import drop_after
 from train.mistakes import exit_code
 from train.probes import PROBES
-from train.probes.inputs import TokenClass, probe_inputs, probe_set_sha256, token_classes
+from train.probes.inputs import LONG_ROWS, TokenClass, probe_inputs, probe_set_sha256, token_classes
 from train.probes.of_runs import probe_run
 from train.runs import PROBE_COLUMNS, load_run
 
@@ -121,7 +122,8 @@ def test_probed_losses_are_those_of_training(run):
         mass = table["mass", kind.value, -1].item()
         # Of a row: as the decoder has it.
         batch = probe_inputs(run.data(), rows=rows).rows[f"row_{kind.value}"]
-        wanted = run.at(8).model.loss(batch).loss / (batch.labels_BT >= 0).sum()
+        logits_BTV = run.at(8).model(batch).logits_BTV
+        wanted = F.cross_entropy(logits_BTV.flatten(0, 1), batch.labels_BT.flatten())
         assert table["loss", f"row_{kind.value}", -1].item() == pytest.approx(wanted.item())
         assert mass == pytest.approx(logged[f"probe/t64_{kind.value}/mass"], rel=1e-5)
 
@@ -148,6 +150,7 @@ def test_the_probe_set(run):
     assert (text.tokens_BT[:, :-1] == bos.tokens_BT[:, 1:]).all()
     assert (text.labels_BT[:, :-1] == bos.labels_BT[:, 1:]).all()
     assert (text.labels_BT >= 0).sum() == 5 * (context - 2)
+    assert len(probe_inputs(data, rows=50).rows["row_text"].tokens_BT) <= LONG_ROWS < 50
     class_V = token_classes(tokenizer)
     comma, word = (tokenizer.encode_batch([text])[0][0] for text in (",", "the"))
     assert class_V[comma] == TokenClass.delimiter and class_V[word] == TokenClass.other

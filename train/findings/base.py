@@ -111,7 +111,8 @@ class Claim:
     the two outcomes whose difference must be larger than what noise can tell, and whose order must
     be stable at the end of training; None for claims that aren't about a difference.
     paper_effect: that difference in the paper as one of rates, which is what its tables have; what
-    is said of it rests on the noise of our rates (``train.findings.costs``).
+    is said of it rests on the noise of our rates (``train.findings.costs``). added: of a criterion
+    that wasn't written down before the first runs, when, and what had been seen by then.
     """
 
     says: str
@@ -119,6 +120,7 @@ class Claim:
     magnitude: tuple[AtLeast, ...] = ()
     effect: tuple[Of, Of] | None = None
     paper_effect: float | None = None
+    added: str | None = None
 
     @property
     def arms(self) -> list[str]:

@@ -52,7 +52,7 @@ BUDGETS = {
         ),
         Budget(
             name="minutes",
-            meant_for="one H100, less than a minute of it a run",
+            meant_for="one H100, about half a minute of it a run",
             overrides=("experiment=minutes",),
             implied=("packing=causal",),
             seeds=None,
@@ -184,8 +184,8 @@ def difference(stored: dict, now: dict) -> str | None:
     return None
 
 
-LENGTHS = ("trainer.max_steps", "packing.batch_tokens")
-"""Settings that make an arm's runs longer or shorter than its preset's."""
+LENGTHS = ("trainer.max_steps", "packing.batch_tokens", "packing.context")
+"""Settings that make an arm's runs longer or shorter than its preset's; whole rows make a batch."""
 
 
 def tokens_of(preset: tuple[str, ...], own: tuple[str, ...] = ()) -> int:

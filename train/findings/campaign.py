@@ -3,13 +3,14 @@
 A run is trained, its last step probed, and its record written into its folder, then, if wanted,
 among the stored ones. What has a record isn't run again, whichever finding it was made for; what
 was stopped goes on from its state. Seeds come first in the order: when time is up, whole pairs are
-there.
+there, but for runs too long for what was left of it.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import math
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ from train.findings.budgets import (
 from train.findings.jobs import logged, start, why_failed
 from train.findings.measures import PROBED, Record, measured
 from train.findings.store import record_path, store_record
+from train.gpus import visible_gpus
 from train.launch import quiet
 from train.probes.of_runs import probe_run
 from train.run import run
@@ -72,6 +74,17 @@ class Task(NamedTuple):
 
     finding: Finding
     plan: Planned
+
+
+class Running(NamedTuple):
+    """A run in a process of its own. began: on the monotonic clock. slot: one of those of the
+    campaign's jobs. written: bytes of its log that earlier starts wrote."""
+
+    task: Task
+    began: float
+    slot: int
+    log: Path
+    written: int
 
 
 class Missing(NamedTuple):
@@ -186,6 +199,8 @@ class Campaign:
     ):
         self.places = places
         self.jobs = jobs
+        # Of these, how many share a GPU.
+        self.share = math.ceil(jobs / max(1, len(visible_gpus())))
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.tell = tell
         self._took: list[tuple[float, int]] = []
@@ -204,7 +219,7 @@ class Campaign:
         for task, record in found:
             if record is not None:
                 self._keep(task.plan, record)
-                self._took.append((record.seconds * self.jobs, _tokens(task.plan)))
+                self._took.append((record.seconds * self.share, _tokens(task.plan)))
         todo = [task for task, record in found if record is None]
         names = ", ".join(dict.fromkeys(task.finding.name for task in tasks))
         self.tell(f"{names}: {len(found)} runs, {len(found) - len(todo)} done before")
@@ -225,11 +240,9 @@ class Campaign:
         """Whether a run that begins now would end too late: the time on a clock counts."""
         if self.deadline is None:
             return False
-        expected = budget.seconds
-        if self._took:
-            seconds, tokens = map(sum, zip(*self._took, strict=True))
-            expected = seconds / tokens * _tokens(task.plan)
-        return time.monotonic() + expected > self.deadline
+        took = self._took or [(budget.seconds, tokens_of(task.plan.preset))]
+        seconds, tokens = map(sum, zip(*took, strict=True))
+        return time.monotonic() + seconds / tokens * _tokens(task.plan) > self.deadline
 
     def _in_turn(self, budget: Budget, waiting: list[Task], signals: StopSignals) -> Missing:
         failed = []
@@ -251,24 +264,28 @@ class Campaign:
 
     def _side_by_side(self, budget: Budget, waiting: list[Task]) -> Missing:
         failed: list[str] = []
-        running: dict[subprocess.Popen, tuple[Task, float, int]] = {}
+        running: dict[subprocess.Popen, Running] = {}
         slots = list(reversed(range(self.jobs)))
         try:
             while True:
                 while len(running) < self.jobs and (task := self._next(waiting, budget)):
-                    slot = slots.pop()
-                    running[self._start(task, budget, slot)] = task, time.monotonic(), slot
+                    log, slot = log_path(task.plan, self.places), slots.pop()
+                    written = log.stat().st_size if log.exists() else 0
+                    process = self._start(task, budget, slot)
+                    running[process] = Running(task, time.monotonic(), slot, log, written)
                 if not running:
                     break
                 for process in [process for process in running if process.poll() is not None]:
-                    task, began, slot = running.pop(process)
-                    slots.append(slot)
-                    record = record_of(task.plan, self.places) if process.returncode == 0 else None
+                    done = running.pop(process)
+                    slots.append(done.slot)
+                    record = None
+                    if process.returncode == 0:
+                        record = record_of(done.task.plan, self.places)
                     if record is None:
-                        why = why_failed(log_path(task.plan, self.places))
-                        failed.append(self._failed(task, why))
+                        why = why_failed(done.log, done.written)
+                        failed.append(self._failed(done.task, why))
                     else:
-                        self._finished(task, record, began)
+                        self._finished(done.task, record, done.began)
                 time.sleep(0.05)
         finally:
             # Ctrl-C and SIGTERM: each saves its state and ends.
@@ -289,7 +306,7 @@ class Campaign:
         command = [
             *(sys.executable, "-m", "scripts.reproduce", finding.name, "--budget", budget.name),
             *("--only", f"{plan.arm.name}:{plan.seed}", "--runs", str(self.places.runs)),
-            *("--folder", str(self.places.stored), "--jobs", str(self.jobs)),
+            *("--folder", str(self.places.stored), "--jobs", str(self.share)),
         ]
         for override in self.places.extra:
             command += ["--set", override]
@@ -303,7 +320,8 @@ class Campaign:
     def _finished(self, task: Task, record: Record, began: float) -> None:
         finding, plan = task
         took = time.monotonic() - began
-        self._took.append((took, _tokens(plan)))
+        # What another campaign made of the same folder came at once.
+        self._took.append((max(took, record.seconds * self.share), _tokens(plan)))
         self._keep(plan, record)
         told = ", ".join(
             f"{title} {record.values[measure]:.3f}"

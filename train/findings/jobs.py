@@ -52,10 +52,11 @@ def logged(log: Path) -> Iterator[None]:
             raise
 
 
-def why_failed(log: Path) -> str:
-    """What the log of a run that failed ends with: a user's mistake in its own words."""
-    lines = log.read_text().splitlines() if log.exists() else []
+def why_failed(log: Path, offset: int) -> str:
+    """Why a run failed: the user's mistake with which its log ends, or where to look.
+
+    offset: of what the run wrote, in bytes; before it are earlier starts.
+    """
+    lines = log.read_bytes()[offset:].decode(errors="replace").splitlines()
     last = lines[-1] if lines else ""
-    if last.startswith("error: "):
-        return last.removeprefix("error: ")
-    return f"see {log}"
+    return last.removeprefix("error: ") if last.startswith("error: ") else f"see {log}"

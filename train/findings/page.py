@@ -98,9 +98,9 @@ def page(folder: Path) -> str:
         "",
         "Central claims of the papers, tried again at small scale with several seeds. Written by",
         "`python -m scripts.reproduce NAME --store` from the runs in `docs/findings/runs/`; the",
-        "criteria were written down before (`train/findings/`). Absolute percentages depend on",
-        "scale: a verdict on the direction is about collapses, orderings and shifts, one on the",
-        "magnitude about the bound that its criterion names.",
+        "criteria were written down before, unless one says when (`train/findings/`). Absolute",
+        "percentages depend on scale: a verdict on the direction is about collapses, orderings and",
+        "shifts, one on the magnitude about the bound that its criterion names.",
     ]
     for finding in FINDINGS.values():
         path = folder / f"{finding.name}.json"
@@ -131,6 +131,7 @@ def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Pat
             lines.append(
                 f"- {claim['says']}. Direction: {direction}."
                 + (f" Magnitude: {magnitude}." if magnitude else "")
+                + (f" Added {claim['added']}." if claim["added"] else "")
             )
         lines += ["", "</details>", ""]
     if finding.unknown:

@@ -57,6 +57,18 @@ class Results:
         }
         return Results(self.finding, self.budget, records)
 
+    def other_data(self, arms: Iterable[str]) -> str:
+        """Which arms that want the same text were trained on other text; empty if none were."""
+        seen: dict[tuple[str, ...], dict[str, str]] = {}
+        for arm in arms:
+            for one in self.records.get(arm, {}).values():
+                wanted = tuple(o for o in one.own if o.startswith("corpus."))
+                seen.setdefault(wanted, {})[str(one.made_by.get("data_sha256"))] = arm
+        for by_data in seen.values():
+            if len(by_data) > 1:
+                return f"runs that saw other data: of {', '.join(sorted(set(by_data.values())))}"
+        return ""
+
     def lacks(self, what: Of) -> bool:
         """Whether a record of the arm was made before the measure was taken."""
         return any(what.measure not in one.values for one in self.records[what.arm].values())

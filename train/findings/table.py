@@ -38,7 +38,7 @@ def outcome(results: Results, noise: Noise) -> dict[str, Any]:
         "seeds": {arm: sorted(seeds) for arm, seeds in results.records.items()},
         "table": [_row(results, column) for column in finding.columns],
         "claims": [
-            {"says": claim.says, "criterion": criterion(claim)}
+            {"says": claim.says, "criterion": criterion(claim), "added": claim.added}
             | _told(judge(claim, results, noise))
             for claim in finding.claims
         ],

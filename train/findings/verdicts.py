@@ -58,20 +58,23 @@ class Judged(NamedTuple):
     tellable: float = math.nan
 
 
+HAS_BOS = {"text": False, "eos_text": False, "bos_text": True}
+"""Whether an input has a BOS, of those that models trained with one and without one know apart."""
+
 Noise = dict[str, tuple[float, int]]
 """By measure: the standard deviation over seeds of the baseline, and how many there were."""
 
 
 def noise_of(results: Results) -> Noise:
-    """Of the noise finding: of each measure the arm with the largest spread, of prompts with or
+    """Of the noise finding: of each measure the arm with the largest spread, of text with or
     without a BOS only the arm that was trained with such: what a model does with a BOS that it
     doesn't know, or without the one that it knows, varies as no baseline does."""
     noise: Noise = {}
     for arm, seeds in results.records.items():
         knows = {one.made_by.get("trained_with_bos") for one in seeds.values()}
-        unlike = tuple("text/" if known else "bos_text/" for known in knows if known is not None)
         for measure in sorted({name for one in seeds.values() for name in one.values}):
-            if measure.startswith(unlike):
+            has_bos = HAS_BOS.get(measure.partition("/")[0].removeprefix("row_"))
+            if has_bos is not None and (not has_bos) in knows:
                 continue
             spread = results.spread(Of(arm, measure))
             if spread is not None and spread[0] > noise.get(measure, (-1.0, 0))[0]:
@@ -110,7 +113,13 @@ def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
         if lacking := next((side for side in sides if every.lacks(side)), None):
             told += f"; not every run has {lacking}"
         return same(Verdict.undecided, told)
+    if told := results.other_data(claim.arms):
+        return same(Verdict.undecided, told)
     if missing := _missing(claim.direction, claim.effect or (), results):
+        # What no noise could make, and is known of every run, can fail without the rest.
+        known = [test for test in claim.direction if not _missing([test], (), results)]
+        if claim.effect is None and (reason := _failing(known, results)):
+            return same(Verdict.fails, reason)
         return same(Verdict.undecided, f"not every run has {missing}")
     numbers: tuple[float, ...] = ()
     if claim.effect is not None:

@@ -8,7 +8,7 @@
     repeated   one such token 64 times, another one in each prompt
     written    the prompts of ``text`` with what packing writes into rows (a fixed token, random
                ones), where it does
-    row_...    text, bos_text and eos_text of the run's context instead of 64 tokens, up to 32; for
+    row_...    text, bos_text and eos_text of the run's context instead of 64 tokens, up to 16; for
                losses alone, which are of text after text there, as a paper's validation loss is
     context    held-out rows, packed as the run packs them
 
@@ -39,7 +39,7 @@ from train.probes.base import ProbeInputs
 VERSION = 3
 """Of how a probe set is made from held-out text; raised when that changes."""
 
-LONG_ROWS = 32
+LONG_ROWS = 16
 """Rows of the context's length, at most."""
 
 SEED = 2410_10781

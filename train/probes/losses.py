@@ -30,7 +30,7 @@ import torch
 from models.batch import IGNORE_LABEL
 from models.decoder import Decoder
 from train.probes.base import Finding, ProbeInputs
-from train.probes.trace import everywhere, hide_first
+from train.probes.trace import cut, everywhere, hide_first
 
 
 @torch.no_grad()
@@ -50,7 +50,9 @@ def probe_losses(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
         yield Finding("loss_hidden_first", name, hidden)
         yield Finding("cost_hidden_first", name, hidden - seen)
     for name, batch in inputs.rows.items():
-        loss = decoder.loss(batch, statistics="off").loss.item()
+        # A row at a time: a GPU that trains has no room for the logits of many.
+        rows = (cut(batch, slice(row, row + 1)) for row in range(len(batch.tokens_BT)))
+        loss = sum(decoder.loss(row, statistics="off").loss.item() for row in rows)
         yield Finding("loss", name, loss / int((batch.labels_BT != IGNORE_LABEL).sum()))
     if "bos_text" in plain:
         yield Finding("cost_without_bos", "text", plain["text"] - plain["bos_text"])
