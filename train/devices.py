@@ -31,7 +31,7 @@ PEAKS = {
     "L40": Peak(181e12, 90.5e12, 90.5e12),
 }
 """By the first of these that is in the device's name, from the maker's data sheets. For these cards
-Lightning 2.6 has figures of sparse matrices or another card's, or doesn't know the driver's name."""
+Lightning 2.6 has figures of sparse matrices or of another card, or doesn't know the name."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
