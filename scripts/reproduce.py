@@ -1,6 +1,6 @@
 """Try a finding again: make its runs, print ours beside the paper's, and a verdict.
 
-    python -m scripts.reproduce NAME [NAME ...] --budget cpu|minutes|paper
+    python -m scripts.reproduce NAME[:SEEDS] ... --budget cpu|minutes|paper
     python -m scripts.reproduce --list [--budget B]     findings, costs, what can be told
     python -m scripts.reproduce NAME --show             what is stored, without a run or a GPU
 
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         print("\n".join(list_lines(budget, options.folder)))
         return
     require(bool(options.names), "NAME", f"must be among {', '.join(FINDINGS)}", "none")
-    findings = [FINDINGS[name] for name in options.names]
+    findings = [FINDINGS[name] for name in options.seeds_of]
     if options.show:
         for finding in findings:
             results = stored_results(finding, budget, options.folder)
@@ -67,7 +67,10 @@ def reproduce(findings: list[Finding], budget: Budget, options: argparse.Namespa
     places = places_of(options)
     tasks = {
         finding.name: tasks_of(
-            finding, budget, seeds_wanted(finding, budget, options.seeds), places.extra
+            finding,
+            budget,
+            seeds_wanted(finding, budget, options.seeds_of[finding.name]),
+            places.extra,
         )
         for finding in findings
     }
@@ -161,7 +164,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FINDINGS)}")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME[:SEEDS]", help=f"of {', '.join(FINDINGS)}"
+    )
     parser.add_argument("--budget", default="minutes", help=f"{', '.join(BUDGETS)} (%(default)s)")
     parser.add_argument("--list", action="store_true", help="what there is, and what it costs")
     parser.add_argument("--show", action="store_true", help="print what is stored")
@@ -171,7 +176,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/findings"), help="of run folders (%(default)s)"
     )
-    parser.add_argument("--seeds", type=int, help="at most so many")
+    parser.add_argument("--seeds", type=int, help="at most so many, where a name has none")
     parser.add_argument("--seconds", type=float, help="begin no run that wouldn't be done by then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (%(default)s)")
     parser.add_argument(
@@ -183,8 +188,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--only", metavar="ARM:SEED", help="make this run and no other")
     options = parser.parse_args(arguments)
-    for name in options.names:
+    options.seeds_of = {}
+    for word in options.names:
+        name, colon, count = word.partition(":")
         require(name in FINDINGS, "NAME", f"must be among {', '.join(FINDINGS)}", name)
+        valid = not colon or (count.isdecimal() and int(count) >= 1)
+        require(valid, f"SEEDS of {name}", "must be >= 1", count)
+        options.seeds_of[name] = int(count) if colon else options.seeds
     require(
         options.budget in BUDGETS,
         "--budget",

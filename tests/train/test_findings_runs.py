@@ -124,6 +124,21 @@ def test_interrupted_and_continued_it_is_the_same(reproduce, tmp_path, monkeypat
     assert check_stored(tmp_path / "findings") == 1
 
 
+def test_each_finding_may_have_its_own_number_of_seeds(monkeypatch, tmp_path, capsys):
+    begun = []
+
+    def made(plan, *args, **more):
+        begun.append(plan.slug)
+        raise UserError("made up")
+
+    monkeypatch.setattr(campaign, "make", made)
+    where = ["--runs", str(tmp_path / "runs"), "--folder", str(tmp_path / "findings")]
+    assert command(["emergence", "noise:3", "--seeds", "1", "--budget", "cpu", *where]) == 2
+    slugs = ("baseline", "packing=causal_pinned_bos")
+    assert begun == [f"{slug}_seed={seed}" for seed in range(3) for slug in slugs]
+    assert "error: 6 runs failed, the first: emergence causal seed 0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_several_at_once_and_one_that_fails(reproduce, tmp_path, capsys):
     assert reproduce("noise", "--seeds", "1", folder="whole", runs="whole_runs") == 0

@@ -190,6 +190,8 @@ def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):
     [
         (["pakcing"], "NAME must be among noise, packing"),
         ([], "NAME must be among"),
+        (["noise:none"], "SEEDS of noise must be >= 1, got 'none'"),
+        (["noise:0"], "SEEDS of noise must be >= 1, got '0'"),
         (["noise", "--budget", "hours"], "--budget must be one of cpu, minutes, paper"),
         (["noise", "--jobs", "0"], "--jobs must be >= 1"),
         (["noise", "--show"], "must have stored results of noise"),
