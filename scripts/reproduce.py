@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import UserError, require
 from train.findings import FINDINGS, Finding
-from train.findings.budgets import BUDGETS, Budget
+from train.findings.budgets import BUDGETS, Budget, seeds_of
 from train.findings.store import FOLDER, require_results, results_of, stored_results
 from train.mistakes import exit_code
 from train.stopping import Stopped
@@ -135,7 +135,11 @@ def print_results(finding: Finding, budget: Budget, results: Results, folder: Pa
 def plan_lines(finding: Finding, budget: Budget) -> list[str]:
     """What would be run, and by what it would be judged."""
     preset = " ".join(budget.overrides) or f"experiment={finding.experiment}"
-    lines = [f"every arm: {preset}; {finding.setting}", ""]
+    seeds = len(seeds_of(finding, budget))
+    lines = [
+        f"every arm: {preset}, {seeds} seeds; {finding.setting}. --list tells what that costs",
+        "",
+    ]
     for arm in finding.arms_of(budget.name):
         cut = f" packing.context so that it sees as many keys as {arm.context_of}"
         told = ", ".join(f"{name} {value:g}" for name, value in arm.paper.items())
