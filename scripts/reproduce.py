@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kernels.errors import UserError, require
 from train.findings import FINDINGS, Finding
+from train.findings.base import INPUTS
 from train.findings.budgets import BUDGETS, Budget, seeds_of
 from train.findings.store import FOLDER, require_results, results_of, stored_results
 from train.mistakes import exit_code
@@ -151,7 +152,7 @@ def plan_lines(finding: Finding, budget: Budget) -> list[str]:
         lines += ["", f"{claim.says}", *(f"  direction: {test}" for test in claim.direction)]
         lines += [f"  magnitude: {test}" for test in claim.magnitude]
     unknown = "; ".join(finding.unknown) or "nothing that we know of"
-    return [*lines, "", f"not told by the paper: {unknown}"]
+    return [*lines, "", INPUTS, "", f"not told by the paper: {unknown}"]
 
 
 def places_of(options: argparse.Namespace) -> Places:

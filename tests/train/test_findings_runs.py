@@ -281,6 +281,13 @@ def test_a_shorter_run_is_made_when_a_longer_one_would_end_too_late(monkeypatch,
     one._took.append((50.0, tokens_of(tasks[1].plan.preset)))
     missing = one.run(tasks, budget)
     assert begun == ["pinned"] and [plan.arm.name for plan in missing.waiting] == ["causal"]
+    # It would be done in time if most of it had been made before.
+    folder = run_dir(tasks[0].plan, places.runs)
+    folder.mkdir(parents=True)
+    (folder / campaign.SPENT).write_text("150")
+    one = campaign.Campaign(places, seconds=100.0)
+    one._took.append((50.0, tokens_of(tasks[1].plan.preset)))
+    assert not one.run(tasks, budget).waiting
 
 
 def test_findings_share_a_queue_and_a_run_that_both_want(monkeypatch, tmp_path):

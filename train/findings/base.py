@@ -20,6 +20,15 @@ RATE = (
 """How rates are aggregated here (``train.sink_table``)."""
 
 
+INPUTS = (
+    "Measures are `input/name`. text: the first 64 tokens of held-out documents; bos_text, "
+    "eos_text: a BOS or an EOS and 63 of them; natural: of text and bos_text the one that begins "
+    "as the run's own rows do; row_text and so on: rows of the context; written: text with what "
+    "packing writes into rows."
+)
+"""What the names in criteria are of."""
+
+
 class Arm(NamedTuple):
     """Runs that differ in seeds alone.
 

@@ -150,9 +150,13 @@ def make(plan: Planned, places: Places, signals: StopSignals, *, jobs: int = 1) 
 
 def _spent(folder: Path, began: float, jobs: int) -> float:
     """Seconds of the device that a run has taken, in all its starts."""
+    return _spent_before(folder) + (time.perf_counter() - began) / jobs
+
+
+def _spent_before(folder: Path) -> float:
+    """The same, in starts that were stopped."""
     path = folder / SPENT
-    before = float(path.read_text()) if path.exists() else 0.0
-    return before + (time.perf_counter() - began) / jobs
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def _made(
@@ -242,7 +246,10 @@ class Campaign:
             return False
         took = self._took or [(budget.seconds, tokens_of(task.plan.preset))]
         seconds, tokens = map(sum, zip(*took, strict=True))
-        return time.monotonic() + seconds / tokens * _tokens(task.plan) > self.deadline
+        # What an earlier start has done is done.
+        before = self.share * _spent_before(run_dir(task.plan, self.places.runs))
+        expected = seconds / tokens * _tokens(task.plan) - before
+        return time.monotonic() + expected > self.deadline
 
     def _in_turn(self, budget: Budget, waiting: list[Task], signals: StopSignals) -> Missing:
         failed = []

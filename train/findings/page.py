@@ -18,7 +18,7 @@ from typing import Any
 from data.files import write_atomically
 from kernels.errors import UserError
 from train.findings import FINDINGS
-from train.findings.base import Finding
+from train.findings.base import INPUTS, Finding
 from train.findings.budgets import BUDGETS, Budget
 from train.findings.draw import draw, points_of
 from train.findings.store import require_results, stored_results
@@ -133,7 +133,7 @@ def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Pat
                 + (f" Magnitude: {magnitude}." if magnitude else "")
                 + (f" Added {claim['added']}." if claim["added"] else "")
             )
-        lines += ["", "</details>", ""]
+        lines += ["", INPUTS, "", "</details>", ""]
     if finding.unknown:
         lines += [f"Not told by the paper: {'; '.join(finding.unknown)}.", ""]
     notes = folder / f"{finding.name}.md"
