@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
         print("\n".join(list_lines(budget, options.folder)))
         return
     require(bool(options.names), "NAME", f"must be among {', '.join(FINDINGS)}", "none")
-    findings = [FINDINGS[name] for name in options.seeds_of]
+    findings = [FINDINGS[name] for name in options.most_seeds]
     if options.show:
         for finding in findings:
             results = stored_results(finding, budget, options.folder)
@@ -70,7 +70,7 @@ def reproduce(findings: list[Finding], budget: Budget, options: argparse.Namespa
         finding.name: tasks_of(
             finding,
             budget,
-            seeds_wanted(finding, budget, options.seeds_of[finding.name]),
+            seeds_wanted(finding, budget, options.most_seeds[finding.name]),
             places.extra,
         )
         for finding in findings
@@ -107,6 +107,7 @@ def print_outcome(
 
 
 def print_title(finding: Finding, budget: Budget) -> None:
+    """Which finding what follows is about."""
     print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
 
 
@@ -193,13 +194,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--only", metavar="ARM:SEED", help="make this run and no other")
     options = parser.parse_args(arguments)
-    options.seeds_of = {}
+    options.most_seeds = {}
     for word in options.names:
         name, colon, count = word.partition(":")
         require(name in FINDINGS, "NAME", f"must be among {', '.join(FINDINGS)}", name)
         valid = not colon or (count.isdecimal() and int(count) >= 1)
         require(valid, f"SEEDS of {name}", "must be >= 1", count)
-        options.seeds_of[name] = int(count) if colon else options.seeds
+        options.most_seeds[name] = int(count) if colon else options.seeds
     require(
         options.budget in BUDGETS,
         "--budget",

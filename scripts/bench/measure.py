@@ -142,8 +142,8 @@ class Bench:
         self._warm_up(TRACKED, self.options.agree)
         self.stage.make_room(self.peaks[TRACKED].gib, contenders=3)
         bare = self._fit(BARE, ["tracking.statistics=off"])
-        # As many steps as the others: what a step's products draw of a card's power, and so its
-        # clock, depends on how far the weights have come.
+        # As many steps as the others: a run of fewer was faster, most likely since what its
+        # products draw of the card's power, and so the clock, depends on what they multiply.
         self._warm_up(BARE, self.options.agree)
         if self._can_be(MATERIALISED, check_materialised):
             self._add_materialised(bare)

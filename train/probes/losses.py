@@ -16,7 +16,7 @@ whether it misses a delimiter that it knows. Where the mass goes when key 0 is h
 ``interventions``' matter.
 
 A prompt's loss is mostly that of a document's beginning, which a delimiter gives away: there even a
-model for which position 0 means nothing has use of one. Over a whole row that is nothing.
+model for which position 0 means nothing has use of one. Of a whole row's loss that is a small part.
 
 Cost: three forward passes of each prompt, two of them through the reference attention; one of rows.
 """
