@@ -251,7 +251,8 @@ def test_a_fault_of_one_run_stops_no_other(monkeypatch, tmp_path):
 
 
 def test_no_run_begins_that_would_end_too_late(monkeypatch, tmp_path):
-    """Three at once take three times as long on the clock as of the device."""
+    """Three at once take three times as long on the clock as of the device; nor does one alone take
+    less, and four take four times as long."""
     finding, budget = FINDINGS["noise"], BUDGETS["minutes"]
     places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
     started = []
@@ -259,11 +260,15 @@ def test_no_run_begins_that_would_end_too_late(monkeypatch, tmp_path):
     tasks = campaign.tasks_of(finding, budget, [0], ())
     assert budget.seconds < 90
     tokens = tokens_of(tasks[0].plan.preset)
-    for took, seconds in (([], budget.seconds - 1), ([(90.0, tokens)], 80.0)):
+    for took, seconds in (([], budget.seconds - 1), ([(30.0, tokens)], 80.0)):
         one = campaign.Campaign(places, jobs=3, seconds=seconds)
         one._took += took
         assert one.run(tasks, budget) == campaign.Missing([task.plan for task in tasks], [])
     assert not started
+    one = campaign.Campaign(places, jobs=8, seconds=100.0)
+    one._took += [(30.0, tokens)]
+    late = [one._is_over(tasks[0], budget, beside) for beside in range(5)]
+    assert late == [False, False, False, True, True]
 
 
 def test_a_shorter_run_is_made_when_a_longer_one_would_end_too_late(monkeypatch, tmp_path):

@@ -208,9 +208,6 @@ def test_accumulation_changes_neither_gradient_nor_metrics(train, tmp_path):
         torch.testing.assert_close(tensor, weights(parts, 4)[name], rtol=1e-3, atol=2e-5)
 
 
-# The compiler's own use of PyTorch.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_only_training_steps_are_compiled(train, tmp_path, monkeypatch):
     """Evaluations have many shapes, and each would be a variant of the compiled blocks."""
     compile_block, graphs = torch.nn.Module.compile, []

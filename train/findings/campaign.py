@@ -58,6 +58,10 @@ TOLD = {
 SPENT = "spent_seconds"
 """In a run's folder, what its starts that were stopped have taken."""
 
+NO_SLOWER = 3
+"""So many runs at once are each done as soon as one alone: while a run starts, is compiled and
+probed, its device waits."""
+
 
 class Places(NamedTuple):
     """Where things lie. runs: run folders. stored: of records, read and, if ``store``, written.
@@ -189,8 +193,8 @@ class Campaign:
     """Runs of one finding or several within a time, as one queue.
 
     jobs: runs at once, each a process of its own if more than one, on the GPUs in turn. seconds:
-    none is begun that wouldn't be done by then, as far as is known; None: no limit. tell: of each
-    run, a line.
+    none is begun that wouldn't be done by then, as far as is known, so that towards the end fewer
+    share a GPU; None: no limit. tell: of each run, a line.
     """
 
     def __init__(
@@ -223,7 +227,7 @@ class Campaign:
         for task, record in found:
             if record is not None:
                 self._keep(task.plan, record)
-                self._took.append((record.seconds * self.share, _tokens(task.plan)))
+                self._took.append((record.seconds, _tokens(task.plan)))
         todo = [task for task, record in found if record is None]
         names = ", ".join(dict.fromkeys(task.finding.name for task in tasks))
         self.tell(f"{names}: {len(found)} runs, {len(found) - len(todo)} done before")
@@ -232,23 +236,27 @@ class Campaign:
                 return self._in_turn(budget, todo, signals)
             return self._side_by_side(budget, todo)
 
-    def _next(self, waiting: list[Task], budget: Budget) -> Task | None:
-        """The first that would be done in time, taken from those that wait; None if none would."""
+    def _next(self, waiting: list[Task], budget: Budget, beside: int = 0) -> Task | None:
+        """The first that would be done in time, with so many others on its device, taken from those
+        that wait; None if none would."""
         for task in waiting:
-            if not self._is_over(task, budget):
+            if not self._is_over(task, budget, beside):
                 waiting.remove(task)
                 return task
         return None
 
-    def _is_over(self, task: Task, budget: Budget) -> bool:
-        """Whether a run that begins now would end too late: the time on a clock counts."""
+    def _is_over(self, task: Task, budget: Budget, beside: int) -> bool:
+        """Whether a run that begins now would end too late."""
         if self.deadline is None:
             return False
-        took = self._took or [(budget.seconds, tokens_of(task.plan.preset))]
+        # On the clock, a second of the device takes so many.
+        slower = 1 if self.share == 1 else max(NO_SLOWER, beside + 1)
+        alone = 1 if self.share == 1 else NO_SLOWER
+        took = self._took or [(budget.seconds / alone, tokens_of(task.plan.preset))]
         seconds, tokens = map(sum, zip(*took, strict=True))
         # What an earlier start has done is done.
-        before = self.share * _spent_before(run_dir(task.plan, self.places.runs))
-        expected = seconds / tokens * _tokens(task.plan) - before
+        before = _spent_before(run_dir(task.plan, self.places.runs))
+        expected = slower * (seconds / tokens * _tokens(task.plan) - before)
         return time.monotonic() + expected > self.deadline
 
     def _in_turn(self, budget: Budget, waiting: list[Task], signals: StopSignals) -> Missing:
@@ -272,11 +280,20 @@ class Campaign:
     def _side_by_side(self, budget: Budget, waiting: list[Task]) -> Missing:
         failed: list[str] = []
         running: dict[subprocess.Popen, Running] = {}
-        slots = list(reversed(range(self.jobs)))
+        slots, gpus = set(range(self.jobs)), max(1, len(visible_gpus()))
+
+        def beside(slot: int) -> int:
+            return sum(one.slot % gpus == slot % gpus for one in running.values())
+
         try:
             while True:
-                while len(running) < self.jobs and (task := self._next(waiting, budget)):
-                    log, slot = log_path(task.plan, self.places), slots.pop()
+                while slots:
+                    slot = min(sorted(slots), key=beside)
+                    task = self._next(waiting, budget, beside(slot))
+                    if task is None:
+                        break
+                    slots.remove(slot)
+                    log = log_path(task.plan, self.places)
                     written = log.stat().st_size if log.exists() else 0
                     process = self._start(task, budget, slot)
                     running[process] = Running(task, time.monotonic(), slot, log, written)
@@ -284,7 +301,7 @@ class Campaign:
                     break
                 for process in [process for process in running if process.poll() is not None]:
                     done = running.pop(process)
-                    slots.append(done.slot)
+                    slots.add(done.slot)
                     record = None
                     if process.returncode == 0:
                         record = record_of(done.task.plan, self.places)
@@ -328,7 +345,7 @@ class Campaign:
         finding, plan = task
         took = time.monotonic() - began
         # What another campaign made of the same folder came at once.
-        self._took.append((max(took, record.seconds * self.share), _tokens(plan)))
+        self._took.append((max(took / self.share, record.seconds), _tokens(plan)))
         self._keep(plan, record)
         told = ", ".join(
             f"{title} {record.values[measure]:.3f}"
