@@ -98,7 +98,7 @@ def run(
             )
 
     stopping = Stopping(signals or StopSignals(), folder)
-    own = RunCallbacks(config, data, folder, console, wandb_logger, stopping, run_id, brief)
+    own = RunCallbacks(config, data, folder, console, wandb_logger, stopping, run_id, began, brief)
     trainer = L.Trainer(
         accelerator=accelerator,
         **trainer_arguments(config.trainer, world_size, [StateFileIO()]),

@@ -9,8 +9,9 @@ from data.packing import BosKind
 from train.evaluation import Evaluation
 from train.run_folder import RunFolder
 
-SINK_EXPECTED_TOKENS = 50_000_000
-"""Tokens of text under which no sink is to be expected, whatever the packing."""
+SINK_EXPECTED_TOKENS = 10_000_000
+"""Tokens of text under which no sink is to be expected, whatever the packing: with a pinned BOS the
+first of seven seeds had one after 11M (docs/findings.md)."""
 
 
 def print_summary(

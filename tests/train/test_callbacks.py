@@ -11,6 +11,7 @@ from rich.console import Console
 
 from train.callbacks import progress
 from train.callbacks.checkpoints import RandomState
+from train.config import Compile
 from train.metrics import SinkSums, SinkTotals
 
 
@@ -36,22 +37,27 @@ def test_sums_refuse_half_precision():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "steps"),
-    [(1.0, list(range(10, 151, 10))), (0.125, [20, 40, 60, 80, 100, 120, 140, 150])],
+    ("seconds", "steps", "compiled"),
+    [
+        (1.0, list(range(10, 151, 10)), Compile.whole),
+        (0.125, [20, 40, 60, 80, 100, 120, 140, 150], Compile.nothing),
+    ],
     ids=["slow", "fast"],
 )
-def test_a_line_of_progress_comes_with_a_new_record(monkeypatch, seconds, steps):
+def test_a_line_of_progress_comes_with_a_new_record(monkeypatch, seconds, steps, compiled):
     """Lines every 7 or 8 steps had the same loss twice, with records every 10."""
     told, clock = io.StringIO(), SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     rows = SimpleNamespace(latest={}, loss_step=-1)
-    display = progress.ProgressDisplay(Console(file=told), rows, 150)
+    display = progress.ProgressDisplay(Console(file=told), rows, 150, began=-2 * seconds)
     trainer = SimpleNamespace(is_global_zero=True, global_step=0)
-    display.on_train_start(trainer, None)
+    display.on_train_start(trainer, SimpleNamespace(compiled=compiled))
     for trainer.global_step in range(1, 151):
         clock.now += seconds
         if trainer.global_step % 10 == 0:
             rows.loss_step, rows.latest = trainer.global_step, {"train/loss": clock.now}
         display.after_step(trainer, None, None)
     expected = [f"step {n}/150  loss {n * seconds:.3f}  {n * seconds:.0f} s" for n in steps]
+    if compiled is not Compile.nothing:
+        expected.insert(0, f"compiled: first step after {3 * seconds:.0f} s")
     assert told.getvalue().splitlines() == expected

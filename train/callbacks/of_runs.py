@@ -20,8 +20,8 @@ from train.run_folder import RunFolder
 class RunCallbacks:
     """``ordered``: measure, write the row, then checkpoint; ``validation`` and ``rows`` among them.
 
-    wandb_logger, run_id: None where there is none, as on all ranks but the first. brief: less of
-    what one sees.
+    wandb_logger, run_id: None where there is none, as on all ranks but the first. began: when the
+    run did, as ``time.perf_counter`` tells it. brief: less of what one sees.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class RunCallbacks:
         wandb_logger: WandbRun | None,
         stopping: Stopping,
         run_id: str | None,
+        began: float,
         brief: bool = False,
     ):
         tracking, max_steps = config.tracking, config.trainer.max_steps
@@ -51,7 +52,7 @@ class RunCallbacks:
             None if wandb_logger is None else HeadMaps(self.validation, wandb_logger),
             self.rows,
             CheckpointSchedule(tracking, folder, max_steps, sinks, stopping, run_id),
-            ProgressDisplay(console, self.rows, max_steps, brief=brief)
+            ProgressDisplay(console, self.rows, max_steps, began=began, brief=brief)
             if config.trainer.progress
             else None,
         ]

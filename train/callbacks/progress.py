@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.batch import PackedBatch
 from train.callbacks.recording import RowWriter
 from train.callbacks.step_callback import StepCallback
+from train.config import Compile
 from train.module import PretrainModule
 
 LINES = 20
@@ -24,11 +25,23 @@ SECONDS = 2.0
 class ProgressDisplay(StepCallback):
     """Step, loss, tokens a second, and the first key's mass beside its uniform baseline.
 
-    Reads the latest written row only, so it never waits for the device.
+    Reads the latest written row only, so it never waits for the device. began: when the run did, on
+    the clock of ``time.perf_counter``; where training is compiled, a line tells how long after that
+    the first step was made.
     """
 
-    def __init__(self, console: Console, rows: RowWriter, max_steps: int, *, brief: bool = False):
+    def __init__(
+        self,
+        console: Console,
+        rows: RowWriter,
+        max_steps: int,
+        *,
+        began: float,
+        brief: bool = False,
+    ):
         self.console = console
+        self.began = began
+        self.compiling = False
         self.rows = rows
         self.max_steps = max_steps
         self.num_lines = FEW_LINES if brief else LINES
@@ -39,6 +52,7 @@ class ProgressDisplay(StepCallback):
             return
         self.lines_done = trainer.global_step * self.num_lines // self.max_steps
         self.start = self.last_line = time.perf_counter()
+        self.compiling = pl_module.compiled is not Compile.nothing
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("training"),
@@ -50,7 +64,10 @@ class ProgressDisplay(StepCallback):
                 refresh_per_second=4,
             )
             self.task = self.bar.add_task(
-                "", total=self.max_steps, completed=trainer.global_step, figures=""
+                "",
+                total=self.max_steps,
+                completed=trainer.global_step,
+                figures="compiling" if self.compiling else "",
             )
             self.bar.start()
 
@@ -58,6 +75,10 @@ class ProgressDisplay(StepCallback):
         step = trainer.global_step
         if not trainer.is_global_zero:
             return
+        if self.compiling:
+            self.compiling = False
+            line = f"compiled: first step after {time.perf_counter() - self.began:.0f} s"
+            self.console.print(line, highlight=False, soft_wrap=True)
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=self.figures())
         elif self.rows.loss_step == step:
