@@ -10,9 +10,9 @@ from train.findings.base import PRIMARY, Claim, Finding
 from train.findings.budgets import Budget, seeds_of, tokens_of
 from train.findings.page import stored_noise
 from train.findings.statistics import smallest_effect
-from train.findings.store import stored_results
+from train.findings.store import Results, stored_results
 from train.findings.table import markdown
-from train.findings.verdicts import MIN_SEEDS, Noise, noise_like
+from train.findings.verdicts import MIN_SEEDS, Noise, judge, noise_like
 from train.report.curves import short_count
 
 RATE_OF = {PRIMARY: "rate_030"}
@@ -60,7 +60,7 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
         f"{len(took)}/{len(arms) * seeds}",
         f"{'' if took else 'about '}{_span(seeds * seconds)}",
         short_count(seeds * tokens),
-        resolution(finding, budget, seeds, noise),
+        resolution(finding, budget, seeds, noise) + _seen(results, noise),
     ]
 
 
@@ -92,6 +92,17 @@ def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> st
     masses = [_smallest(claim, {}, seeds, noise) for claim in effects if _is_of_mass(claim)]
     known_masses = [mass for mass in masses if mass is not None]
     return f"{told}, {max(known_masses):.2g} in excess mass" if known_masses else told
+
+
+def _seen(results: Results, noise: Noise) -> str:
+    """How many of the effects that the stored runs have are as large as can be told; "" for none.
+
+    Ours may be far smaller than a paper's: what hardly sinks has little to lose.
+    """
+    told = [judge(claim, results, noise) for claim in results.finding.claims if claim.effect]
+    known = [one for one in told if not math.isnan(one.effect)]
+    large = sum(abs(one.effect) >= one.tellable for one in known)
+    return f"; of {len(known)} measured here, {large} are as large as can be told" if known else ""
 
 
 def _is_of_mass(claim: Claim) -> bool:

@@ -110,7 +110,8 @@ def _points(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
         for arm, mean in own.groupby("arm")["value"].mean().items():
             at = arms.index(arm) + shift
             axis.plot([mean, mean], [at - 0.13, at + 0.13], color=colour, lw=1.8)
-    axis.axvline(0, **BASELINE)
+    if not panel.measures[0].startswith("onset/"):
+        axis.axvline(0, **BASELINE)
     axis.set_yticks(range(len(arms)), arms)
     axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.set_xlabel(panel.label)
