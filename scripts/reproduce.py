@@ -149,7 +149,7 @@ def plan_lines(finding: Finding, budget: Budget) -> list[str]:
             f"  {arm.name}: {' '.join(arm.overrides)}{cut if arm.context_of else ''}"
             + (f"  (paper: {told})" if told else "")
         )
-    for claim in finding.claims:
+    for claim in finding.claims_of(budget.name):
         lines += ["", f"{claim.says}", *(f"  direction: {test}" for test in claim.direction)]
         lines += [f"  magnitude: {test}" for test in claim.magnitude]
     unknown = "; ".join(finding.unknown) or "nothing that we know of"

@@ -116,6 +116,7 @@ COLLAPSED = {
         "bos_text/rate_030": 0.2,
         "text/excess": 0.01,
         "text/loss": 4.0,
+        "row_text/loss": 2.6,
     },
     "document_pinned_bos": {"bos_text/excess": 0.2, "text/excess": 0.01, "text/loss": 4.0},
     "document": {"text/excess": 0.05},

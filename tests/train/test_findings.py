@@ -215,8 +215,12 @@ def test_the_pinned_model_is_held_against_every_unpinned_one(tmp_path):
     store_made(tmp_path, PACKING, changed("causal_document_bos", text_in_loss=3.2))
     prompts = "causal_document_bos doesn't care whether a BOS is there, on 64-token prompts"
     assert judged(tmp_path, prompts).verdict is Verdict.fails
+    # On rows it may lose 0.05, and a quarter of what the pinned model does: 0.1 here.
     rows = "causal_document_bos doesn't care whether a BOS is there, on rows"
-    assert judged(tmp_path, rows).verdict is Verdict.holds
+    for loss, verdict in ((2.5, Verdict.holds), (2.54, Verdict.in_direction), (2.7, Verdict.fails)):
+        told = changed("causal_document_bos", row_text_in_loss=loss)
+        store_made(tmp_path, PACKING, told)
+        assert judged(tmp_path, rows).verdict is verdict
 
 
 def test_what_cannot_be_decided_is_not(tmp_path):

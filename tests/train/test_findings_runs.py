@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from kernels.errors import UserError
 from scripts.reproduce import command
+from tests.train.made_results import made_record
 from tests.train.test_findings_stored import check_stored
 from train.findings import FINDINGS, campaign, jobs
 from train.findings.budgets import BUDGETS, planned, run_dir, tokens_of
@@ -59,7 +61,7 @@ def measures_of(finding) -> set[str]:
     asked = {column.measure for column in finding.columns}
     for claim in finding.claims:
         sides = [side for test in claim.tests for side in test.sides]
-        asked |= {side.measure for side in (*sides, *(claim.effect or ()))}
+        asked.update(*(side.measures for side in (*sides, *(claim.effect or ()))))
     return asked
 
 
@@ -250,25 +252,61 @@ def test_a_fault_of_one_run_stops_no_other(monkeypatch, tmp_path):
     assert "out of memory" in log.read_text()
 
 
+class Process:
+    """One that is over as soon as it is begun, or fails."""
+
+    def __init__(self, code: int):
+        self.returncode = code
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.returncode
+
+    terminate = wait
+
+
+def test_runs_side_by_side_are_each_begun_once_and_keep_what_they_cost(monkeypatch, tmp_path):
+    finding, budget = FINDINGS["noise"], BUDGETS["minutes"]
+    places = campaign.Places(tmp_path / "runs", tmp_path / "findings", True)
+    tasks = campaign.tasks_of(finding, budget, range(5), ())
+    made, slots = {}, []
+
+    def start(command, log, *, slot, jobs):
+        arm, seed = command[command.index("--only") + 1].split(":")
+        (plan,) = (t.plan for t in tasks if (t.plan.arm.name, str(t.plan.seed)) == (arm, seed))
+        slots.append(slot)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("error: made up" if seed == "3" else "")
+        if seed != "3":
+            assert plan.slug not in made
+            record = made_record(plan.pool, plan.own, plan.seed, {}, {})
+            made[plan.slug] = replace(record, seconds=7.0)
+        return Process(2 if seed == "3" else 0)
+
+    monkeypatch.setattr(campaign, "start", start)
+    monkeypatch.setattr(campaign, "record_of", lambda plan, places: made.get(plan.slug))
+    monkeypatch.setattr(campaign, "visible_gpus", lambda: ["0", "1"])
+    one = campaign.Campaign(places, jobs=4, seconds=1000.0)
+    one._has_data = True
+    missing = one.run(tasks, budget)
+    assert not missing.waiting and len(made) == 8
+    assert missing.failed == [f"noise {arm} seed 3: made up" for arm in ("causal", "pinned")]
+    assert set(slots) == {0, 1, 2, 3} and one.pace.free == {0, 1, 2, 3}
+    paths = list((places.stored / "runs").rglob("*.json"))
+    assert [Record.from_json(path).seconds for path in paths] == [7.0] * 8
+
+
 def test_no_run_begins_that_would_end_too_late(monkeypatch, tmp_path):
-    """Three at once take three times as long on the clock as of the device; nor does one alone take
-    less, and four take four times as long."""
     finding, budget = FINDINGS["noise"], BUDGETS["minutes"]
     places = campaign.Places(tmp_path / "runs", tmp_path / "findings", False)
     started = []
     monkeypatch.setattr(campaign, "start", lambda *args, **more: started.append(args))
     tasks = campaign.tasks_of(finding, budget, [0], ())
-    assert budget.seconds < 90
-    tokens = tokens_of(tasks[0].plan.preset)
-    for took, seconds in (([], budget.seconds - 1), ([(30.0, tokens)], 80.0)):
-        one = campaign.Campaign(places, jobs=3, seconds=seconds)
-        one._took += took
-        assert one.run(tasks, budget) == campaign.Missing([task.plan for task in tasks], [])
+    one = campaign.Campaign(places, jobs=3, seconds=budget.seconds - 1)
+    assert one.run(tasks, budget) == campaign.Missing([task.plan for task in tasks], [])
     assert not started
-    one = campaign.Campaign(places, jobs=8, seconds=100.0)
-    one._took += [(30.0, tokens)]
-    late = [one._is_over(tasks[0], budget, beside) for beside in range(5)]
-    assert late == [False, False, False, True, True]
 
 
 def test_a_shorter_run_is_made_when_a_longer_one_would_end_too_late(monkeypatch, tmp_path):
@@ -282,16 +320,14 @@ def test_a_shorter_run_is_made_when_a_longer_one_would_end_too_late(monkeypatch,
 
     monkeypatch.setattr(campaign, "make", made)
     tasks = campaign.tasks_of(finding, budget, [0], ())
-    one = campaign.Campaign(places, seconds=100.0)
-    one._took.append((50.0, tokens_of(tasks[1].plan.preset)))
+    one = campaign.Campaign(places, seconds=1.1 * budget.seconds)
     missing = one.run(tasks, budget)
     assert begun == ["pinned"] and [plan.arm.name for plan in missing.waiting] == ["causal"]
     # It would be done in time if most of it had been made before.
     folder = run_dir(tasks[0].plan, places.runs)
     folder.mkdir(parents=True)
-    (folder / campaign.SPENT).write_text("150")
-    one = campaign.Campaign(places, seconds=100.0)
-    one._took.append((50.0, tokens_of(tasks[1].plan.preset)))
+    (folder / campaign.SPENT).write_text(str(2 * budget.seconds))
+    one = campaign.Campaign(places, seconds=2.1 * budget.seconds)
     assert not one.run(tasks, budget).waiting
 
 

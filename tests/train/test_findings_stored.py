@@ -97,10 +97,11 @@ def test_findings_name_arms_and_curves_that_are_there(name):
     for budget in BUDGETS:
         arms = {arm.name for arm in finding.arms_of(budget)}
         assert len(arms) == len(finding.arms_of(budget)) and len(arms) > 1
-        for claim in finding.claims:
+        for claim in finding.claims_of(budget):
             assert set(claim.arms) <= arms and claim.direction
         assert {arm.context_of for arm in finding.arms_of(budget)} <= arms | {None}
         assert {panel.arm for panel in finding.panels} <= arms | {None}
+    assert finding.claims_of("minutes") == list(finding.claims)
     measures = {panel.measures[0] for panel in finding.panels if panel.kind != "points"}
     assert measures <= set(CURVES)
 
@@ -170,11 +171,11 @@ def test_what_rests_on_new_runs_is_written_anew(tmp_path):
         *(f"emergence.{ending}" for ending in ("json", "csv", "png")),
         "findings.md",
     }
-    # Six more seeds, of which emergence has three of one arm.
+    # Six more seeds of an arm that emergence has too, which asks for five.
     store_made(folder, FINDINGS["noise"], seeds=8)
     paths = store_outcomes("noise", MINUTES, folder)
     assert {"emergence.json", "emergence.png", "noise.json"} <= {path.name for path in paths}
-    assert stored_outcome(folder / "emergence.json")["seeds"]["pinned"] == [0, 1, 2, 3, 4]
+    assert stored_outcome(folder / "emergence.json")["seeds"]["pinned"] == list(range(8))
     assert check_stored(folder) == 2
     again = store_outcomes("noise", MINUTES, folder)
     assert {path.name for path in again} == {"findings.md"}, "nothing else has changed"

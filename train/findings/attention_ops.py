@@ -21,20 +21,17 @@ SHARED = (
 
 def taken_over(arm: str, paper: str, base: str = BASE, added: str | None = None) -> Claim:
     """A learned key's slot has the sink, the first token has none."""
-    # Of prompts without a BOS the noise is that of models without one.
-    place = "text" if base == UNPINNED else "natural"
-    first, slot, excess = f"{place}/rate_030", f"{place}/null_rate_030", f"{place}/excess"
     return Claim(
         says=f"{arm}: the slot takes the sink over from the first token ({paper})",
         direction=(
-            AtMost(Of(arm, first), Of(base, first), strict=True),
-            AtLeast(Of(arm, slot), Of(arm, first), strict=True),
+            AtMost(Of(arm, FIRST), Of(base, FIRST), strict=True),
+            AtLeast(Of(arm, SLOT), Of(arm, FIRST), strict=True),
         ),
         magnitude=(
-            AtMost(Of(arm, first), Of(base, first), times=0.2, strict=True),
-            AtLeast(Of(arm, slot), Of(base, first)),
+            AtMost(Of(arm, FIRST), Of(base, FIRST), times=0.2, strict=True),
+            AtLeast(Of(arm, SLOT), Of(base, FIRST)),
         ),
-        effect=(Of(base, excess), Of(arm, excess)),
+        effect=(Of(base, EXCESS), Of(arm, EXCESS)),
         paper_effect=0.1818,
         added=added,
     )
@@ -71,11 +68,9 @@ K_BIAS, KV_BIAS = {FIRST: 0.0, SLOT: 0.7334}, {FIRST: 0.0004, SLOT: 0.7276}
 """The paper's."""
 
 
-def arms_of(context: int, packing: str, *steps: str) -> tuple[Arm, ...]:
-    """The arms on rows of ``context`` tokens; steps: overrides of those without a BOS, whose sink
-    is slow."""
+def arms_of(context: int, packing: str) -> tuple[Arm, ...]:
+    """The arms on rows of ``context`` tokens."""
     packed = f"packing={packing}"
-    unpinned = ("packing=causal", *steps)
     # Without a bias a row's weights begin at 1/2 each, far from what softmax begins with; the
     # paper's model has 20k steps to get over it.
     bias = f"attention.bias={-math.log(context):.2f}"
@@ -92,9 +87,16 @@ def arms_of(context: int, packing: str, *steps: str) -> tuple[Arm, ...]:
         Arm("kv_bias", (packed, "attention=kv_bias"), KV_BIAS),
         Arm("sink_logit", (packed, "attention=sink_logit")),
         Arm("gated", (packed, "attention=gated")),
-        Arm(UNPINNED, unpinned, {FIRST: 0.1818}),
-        Arm("unpinned_k_bias", (*unpinned, "attention=k_bias"), K_BIAS),
-        Arm("unpinned_kv_bias", (*unpinned, "attention=kv_bias"), KV_BIAS),
+    )
+
+
+def unpinned_arms(*steps: str) -> tuple[Arm, ...]:
+    """Those without a BOS, where the others have one; steps: overrides."""
+    packed = ("packing=causal", *steps)
+    return (
+        Arm(UNPINNED, packed, {FIRST: 0.1818}),
+        Arm("unpinned_k_bias", (*packed, "attention=k_bias"), K_BIAS),
+        Arm("unpinned_kv_bias", (*packed, "attention=kv_bias"), KV_BIAS),
     )
 
 
@@ -120,8 +122,11 @@ ATTENTION_OPS = Finding(
     aggregation=(
         f"{RATE}, as in the paper; sigmoid by the paper's proxy, |weight| over the query's sum"
     ),
-    arms=arms_of(1024, PINNED, "trainer.max_steps=6000"),
-    arms_at={"cpu": arms_of(256, PINNED), "paper": arms_of(2048, "causal")},
+    arms=(*arms_of(1024, PINNED), *unpinned_arms("trainer.max_steps=6000")),
+    arms_at={
+        "cpu": (*arms_of(256, PINNED), *unpinned_arms()),
+        "paper": arms_of(2048, "causal"),
+    },
     columns=(
         Column(EXCESS, "excess mass, T = 64"),
         Column(FIRST, "first token's rate", percent=True),

@@ -44,10 +44,16 @@ class Arm(NamedTuple):
 
 
 class Of(NamedTuple):
-    """A measure (``train.findings.measures``) of an arm: one value a seed."""
+    """A measure (``train.findings.measures``) of an arm, or ``a - b``, what one is above another:
+    one value a seed."""
 
     arm: str
     measure: str
+
+    @property
+    def measures(self) -> list[str]:
+        """The measure, or that and the one to be taken from it."""
+        return self.measure.split(" - ")
 
     def __str__(self) -> str:
         return f"{self.measure} of {self.arm}"
@@ -195,3 +201,8 @@ class Finding:
     def arms_of(self, budget: str) -> tuple[Arm, ...]:
         """The arms at a budget."""
         return self.arms_at.get(budget, self.arms)
+
+    def claims_of(self, budget: str) -> list[Claim]:
+        """The claims whose arms are all there at a budget."""
+        names = {arm.name for arm in self.arms_of(budget)}
+        return [claim for claim in self.claims if names.issuperset(claim.arms)]

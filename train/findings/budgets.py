@@ -19,8 +19,8 @@ class Budget(NamedTuple):
     """Where findings are tried.
 
     overrides: before an arm's. implied: overrides of arms that the preset has already, so that arms
-    of several findings are one. seeds: at most, None for the finding's. seconds: of a run, until
-    one was measured. decides: whether a verdict may be more than "not decided".
+    of several findings are one. seeds: at most, None for the finding's. seconds: of a run alone,
+    until one was measured. decides: whether a verdict may be more than "not decided".
     """
 
     name: str
@@ -56,7 +56,7 @@ BUDGETS = {
             overrides=("experiment=minutes",),
             implied=("packing=causal",),
             seeds=None,
-            seconds=60.0,
+            seconds=90.0,
             decides=True,
         ),
         Budget(

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ from train.findings.budgets import (
 )
 from train.findings.jobs import logged, start, why_failed
 from train.findings.measures import PROBED, Record, measured
+from train.findings.pace import NO_SLOWER, Pace
 from train.findings.store import record_path, store_record
 from train.gpus import visible_gpus
 from train.launch import quiet
@@ -58,10 +60,6 @@ TOLD = {
 SPENT = "spent_seconds"
 """In a run's folder, what its starts that were stopped have taken."""
 
-NO_SLOWER = 3
-"""So many runs at once are each done as soon as one alone: while a run starts, is compiled and
-probed, its device waits."""
-
 
 class Places(NamedTuple):
     """Where things lie. runs: run folders. stored: of records, read and, if ``store``, written.
@@ -81,11 +79,10 @@ class Task(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A run in a process of its own. began: on the monotonic clock. slot: one of those of the
-    campaign's jobs. written: bytes of its log that earlier starts wrote."""
+    """A run in a process of its own. slot: one of those of the campaign's jobs. written: bytes of
+    its log that earlier starts wrote."""
 
     task: Task
-    began: float
     slot: int
     log: Path
     written: int
@@ -193,8 +190,9 @@ class Campaign:
     """Runs of one finding or several within a time, as one queue.
 
     jobs: runs at once, each a process of its own if more than one, on the GPUs in turn. seconds:
-    none is begun that wouldn't be done by then, as far as is known, so that towards the end fewer
-    share a GPU; None: no limit. tell: of each run, a line.
+    none is begun if it or one beside it wouldn't be done by then, as far as is known, so that
+    towards the end fewer share a GPU (``train.findings.pace``); None: no limit. tell: of each run,
+    a line.
     """
 
     def __init__(
@@ -207,11 +205,12 @@ class Campaign:
     ):
         self.places = places
         self.jobs = jobs
+        devices = max(1, len(visible_gpus()))
         # Of these, how many share a GPU.
-        self.share = math.ceil(jobs / max(1, len(visible_gpus())))
-        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.share = math.ceil(jobs / devices)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        self.pace = Pace(jobs, devices, deadline)
         self.tell = tell
-        self._took: list[tuple[float, int]] = []
         self._has_data = False
 
     def run(self, tasks: Sequence[Task], budget: Budget) -> Missing:
@@ -227,7 +226,6 @@ class Campaign:
         for task, record in found:
             if record is not None:
                 self._keep(task.plan, record)
-                self._took.append((record.seconds, _tokens(task.plan)))
         todo = [task for task, record in found if record is None]
         names = ", ".join(dict.fromkeys(task.finding.name for task in tasks))
         self.tell(f"{names}: {len(found)} runs, {len(found) - len(todo)} done before")
@@ -236,81 +234,68 @@ class Campaign:
                 return self._in_turn(budget, todo, signals)
             return self._side_by_side(budget, todo)
 
-    def _next(self, waiting: list[Task], budget: Budget, beside: int = 0) -> Task | None:
-        """The first that would be done in time, with so many others on its device, taken from those
-        that wait; None if none would."""
+    def _next(self, waiting: list[Task], budget: Budget) -> tuple[Task, int] | None:
+        """The first of those that wait that would be done in time, and the slot in which it begins
+        now; None if none would."""
+        slot = self.pace.slot()
         for task in waiting:
-            if not self._is_over(task, budget, beside):
+            seconds = self._needs(task.plan, budget)
+            if self.pace.in_time(slot, seconds):
                 waiting.remove(task)
-                return task
+                self.pace.begin(slot, seconds)
+                return task, slot
         return None
 
-    def _is_over(self, task: Task, budget: Budget, beside: int) -> bool:
-        """Whether a run that begins now would end too late."""
-        if self.deadline is None:
-            return False
-        # On the clock, a second of the device takes so many.
-        slower = 1 if self.share == 1 else max(NO_SLOWER, beside + 1)
-        alone = 1 if self.share == 1 else NO_SLOWER
-        took = self._took or [(budget.seconds / alone, tokens_of(task.plan.preset))]
-        seconds, tokens = map(sum, zip(*took, strict=True))
-        # What an earlier start has done is done.
-        before = _spent_before(run_dir(task.plan, self.places.runs))
-        expected = slower * (seconds / tokens * _tokens(task.plan) - before)
-        return time.monotonic() + expected > self.deadline
+    def _needs(self, plan: Planned, budget: Budget) -> float:
+        """Seconds of a device."""
+        tokens = _tokens(plan)
+        alone = budget.seconds * tokens / tokens_of(plan.preset)
+        # Of the clock, an earlier start counted as much as it would have had of a full device.
+        before = _spent_before(run_dir(plan, self.places.runs)) * self.share
+        return self.pace.needs(tokens, alone, before / max(self.share, NO_SLOWER))
 
     def _in_turn(self, budget: Budget, waiting: list[Task], signals: StopSignals) -> Missing:
         failed = []
         quiet()
-        while (task := self._next(waiting, budget)) is not None:
-            plan, began = task.plan, time.monotonic()
-            log = log_path(plan, self.places)
+        while (begun := self._next(waiting, budget)) is not None:
+            task, slot = begun
+            record, log = None, log_path(task.plan, self.places)
             try:
                 with logged(log):
-                    record = make(plan, self.places, signals)
+                    record = make(task.plan, self.places, signals)
             except UserError as error:
-                failed.append(self._failed(task, str(error)))
+                why = str(error)
             except Exception as error:
                 # One arm's mistake, or a GPU out of memory, isn't the other runs'.
-                failed.append(self._failed(task, f"{type(error).__name__}, see {log}"))
-            else:
-                self._finished(task, record, began)
+                why = f"{type(error).__name__}, see {log}"
+            self._ended(task, slot, record)
+            if record is None:
+                failed.append(self._failed(task, why))
         return Missing([task.plan for task in waiting], failed)
 
     def _side_by_side(self, budget: Budget, waiting: list[Task]) -> Missing:
         failed: list[str] = []
         running: dict[subprocess.Popen, Running] = {}
-        slots, gpus = set(range(self.jobs)), max(1, len(visible_gpus()))
-
-        def beside(slot: int) -> int:
-            return sum(one.slot % gpus == slot % gpus for one in running.values())
-
         try:
             while True:
-                while slots:
-                    slot = min(sorted(slots), key=beside)
-                    task = self._next(waiting, budget, beside(slot))
-                    if task is None:
-                        break
-                    slots.remove(slot)
+                # What isn't in time now is even less so before another run has ended.
+                while self.pace.free and (begun := self._next(waiting, budget)):
+                    task, slot = begun
                     log = log_path(task.plan, self.places)
                     written = log.stat().st_size if log.exists() else 0
-                    process = self._start(task, budget, slot)
-                    running[process] = Running(task, time.monotonic(), slot, log, written)
+                    running[self._start(task, budget, slot)] = Running(task, slot, log, written)
                 if not running:
                     break
-                for process in [process for process in running if process.poll() is not None]:
-                    done = running.pop(process)
-                    slots.add(done.slot)
-                    record = None
+                while not (over := [process for process in running if process.poll() is not None]):
+                    time.sleep(0.05)
+                for process in over:
+                    done, record = running.pop(process), None
                     if process.returncode == 0:
                         record = record_of(done.task.plan, self.places)
+                    self._ended(done.task, done.slot, record)
                     if record is None:
                         why = why_failed(done.log, done.written)
                         failed.append(self._failed(done.task, why))
-                    else:
-                        self._finished(done.task, record, done.began)
-                time.sleep(0.05)
         finally:
             # Ctrl-C and SIGTERM: each saves its state and ends.
             for process in running:
@@ -341,18 +326,28 @@ class Campaign:
         self.tell(f"failed: {told}")
         return told
 
-    def _finished(self, task: Task, record: Record, began: float) -> None:
-        finding, plan = task
-        took = time.monotonic() - began
-        # What another campaign made of the same folder came at once.
-        self._took.append((max(took / self.share, record.seconds), _tokens(plan)))
+    def _ended(self, task: Task, slot: int, record: Record | None) -> None:
+        """The run in a slot is over; record: None if it failed."""
+        (finding, plan), turn = task, self.pace.end(slot)
+        if record is None:
+            return
+        folder = run_dir(plan, self.places.runs)
+        before = _spent_before(folder)
+        # Not of what an earlier start began, or another campaign made while this one waited.
+        if before == 0 and turn.cost >= record.seconds / 2:
+            self.pace.learn(turn, _tokens(plan))
+        if self.jobs > 1:
+            # The run itself doesn't know how many there were beside it.
+            seconds = round(max(record.seconds, before + turn.cost), 1)
+            record = replace(record, seconds=seconds)
+            store_record(folder / RECORD, record)
         self._keep(plan, record)
         told = ", ".join(
             f"{title} {record.values[measure]:.3f}"
             for measure, title in TOLD.items()
             if measure in record.values
         )
-        self.tell(f"{finding.name} {plan.arm.name} seed {plan.seed}: {took:.0f} s; {told}")
+        self.tell(f"{finding.name} {plan.arm.name} seed {plan.seed}: {turn.clock:.0f} s; {told}")
 
     def _keep(self, plan: Planned, record: Record) -> None:
         path = record_path(self.places.stored, plan)

@@ -46,6 +46,8 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
     results = stored_results(finding, budget, folder)
     seeds, arms = len(seeds_of(finding, budget)), finding.arms_of(budget.name)
     took = [run.seconds for run in results.runs]
+    # Of the noise finding's arms more seeds may be stored than are asked for here.
+    planned = sum(seed < seeds for arm in results.records.values() for seed in arm)
     preset = budget.overrides or (f"experiment={finding.experiment}",)
     tokens = sum(tokens_of(preset, arm.overrides) for arm in arms)
     # By the token: arms differ in length, and not all of them may have run.
@@ -57,7 +59,7 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
         finding.name,
         finding.source,
         f"{len(arms)} x {seeds}",
-        f"{len(took)}/{len(arms) * seeds}",
+        f"{planned}/{len(arms) * seeds}",
         f"{'' if took else 'about '}{_span(seeds * seconds)}",
         short_count(seeds * tokens),
         resolution(finding, budget, seeds, noise) + _seen(results, noise),
@@ -66,7 +68,8 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
 
 def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> str:
     """Whether the effects that the paper reports are larger than the smallest that can be told."""
-    effects = [c for c in finding.claims if c.effect is not None and c.paper_effect is not None]
+    claims = finding.claims_of(budget.name)
+    effects = [c for c in claims if c.effect is not None and c.paper_effect is not None]
     if not budget.decides:
         return "no: checks the machinery"
     if finding.undecided is not None and budget.name != "paper":
@@ -95,14 +98,15 @@ def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> st
 
 
 def _seen(results: Results, noise: Noise) -> str:
-    """How many of the effects that the stored runs have are as large as can be told; "" for none.
+    """How many of the effects that the stored runs have can be told from none; "" without any.
 
     Ours may be far smaller than a paper's: what hardly sinks has little to lose.
     """
-    told = [judge(claim, results, noise) for claim in results.finding.claims if claim.effect]
+    claims = results.finding.claims_of(results.budget.name)
+    told = [judge(claim, results, noise) for claim in claims if claim.effect]
     known = [one for one in told if not math.isnan(one.effect)]
     large = sum(abs(one.effect) >= one.tellable for one in known)
-    return f"; of {len(known)} measured here, {large} are as large as can be told" if known else ""
+    return f"; of {len(known)} measured here {large} can be told from none" if known else ""
 
 
 def _is_of_mass(claim: Claim) -> bool:

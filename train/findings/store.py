@@ -50,7 +50,7 @@ class Results:
         value that isn't a number: they were made before it was taken."""
         of_arm: dict[str, set[str]] = {}
         for what in wanted:
-            of_arm.setdefault(what.arm, set()).add(what.measure)
+            of_arm.setdefault(what.arm, set()).update(what.measures)
         records = {
             arm: {s: one for s, one in seeds.items() if of_arm.get(arm, set()) <= set(one.values)}
             for arm, seeds in self.records.items()
@@ -71,12 +71,17 @@ class Results:
 
     def lacks(self, what: Of) -> bool:
         """Whether a record of the arm was made before the measure was taken."""
-        return any(what.measure not in one.values for one in self.records[what.arm].values())
+        records = self.records[what.arm].values()
+        return any(not set(what.measures) <= set(one.values) for one in records)
 
     def values(self, what: Of) -> dict[int, float]:
         """A measure of an arm by seed, nan where a run hasn't it."""
-        seeds = self.records.get(what.arm, {})
-        return {seed: one.values.get(what.measure, math.nan) for seed, one in seeds.items()}
+        first, *others = what.measures
+        return {
+            seed: one.values.get(first, math.nan)
+            - sum(one.values.get(other, math.nan) for other in others)
+            for seed, one in self.records.get(what.arm, {}).items()
+        }
 
     def known(self, what: Of) -> list[float]:
         """Those that are numbers, by seed."""
@@ -121,7 +126,7 @@ def stored_results(finding: Finding, budget: Budget, folder: Path) -> Results:
                 own = tuple(o for o in own if not o.startswith(CONTEXT))
                 if own == record.own:
                     continue
-            if own == wanted and record.seed in range(finding.seeds):
+            if own == wanted:
                 found[arm.name][record.seed] = record
     ordered = {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
     return Results(finding, budget, ordered)

@@ -40,7 +40,7 @@ def outcome(results: Results, noise: Noise) -> dict[str, Any]:
         "claims": [
             {"says": claim.says, "criterion": criterion(claim), "added": claim.added}
             | _told(judge(claim, results, noise))
-            for claim in finding.claims
+            for claim in finding.claims_of(budget.name)
         ],
         "onsets": _onsets(results) if is_of_layers else [],
         "layers": _layers(results) if is_of_layers else [],
