@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from kernels.errors import UserError, require
 from train.findings import FINDINGS, Finding
 from train.findings.base import INPUTS
-from train.findings.budgets import BUDGETS, Budget, seeds_of
+from train.findings.budgets import BUDGETS, Budget, preset_of, seeds_of
 from train.findings.store import FOLDER, require_results, results_of, stored_results
 from train.mistakes import exit_code
 from train.stopping import Stopped
@@ -136,7 +136,7 @@ def print_results(finding: Finding, budget: Budget, results: Results, folder: Pa
 
 def plan_lines(finding: Finding, budget: Budget) -> list[str]:
     """What would be run, and by what it would be judged."""
-    preset = " ".join(budget.overrides) or f"experiment={finding.experiment}"
+    preset = " ".join(preset_of(finding, budget))
     seeds = len(seeds_of(finding, budget))
     lines = [
         f"every arm: {preset}, {seeds} seeds; {finding.setting}. --list tells what that costs",

@@ -16,7 +16,7 @@ from scripts.reproduce import command
 from tests.train.made_results import made_record
 from tests.train.test_findings_stored import check_stored
 from train.findings import FINDINGS, campaign, jobs
-from train.findings.budgets import BUDGETS, planned, run_dir, tokens_of
+from train.findings.budgets import BUDGETS, planned, pool_of, run_dir, tokens_of
 from train.findings.measures import CURVES, Record
 
 TINY = ("trainer.max_steps=3", "tracking.validate_every=1", "model.num_heads=4")
@@ -164,7 +164,8 @@ def test_several_at_once_and_one_that_fails(reproduce, tmp_path, capsys):
 def test_every_finding_runs_and_has_the_measures_it_asks_for(reproduce, tmp_path, name, capsys):
     assert reproduce(name, "--seeds", "1") == 0
     finding, measured = FINDINGS[name], set()
-    for path in (tmp_path / "findings" / "runs" / "cpu").glob("*.json"):
+    pool = tmp_path / "findings" / "runs" / pool_of(finding, BUDGETS["cpu"])
+    for path in pool.glob("*.json"):
         record = Record.from_json(path)
         measured |= set(record.values)
         assert {"text/excess", "bos_text/excess", "canonical_loss"} <= set(record.curves)
@@ -195,7 +196,11 @@ def test_every_arm_composes_at_minutes_and_at_the_papers_size(name, arm):
             plan = planned(finding, budget, one._replace(context_of=None), 2)
             config, settings = plan.compose()
             assert (config.seed, config.data_seed) == (2, 2)
-            assert settings["packing"]["context"] == (1024 if budget.name == "minutes" else 2048)
+            context = settings["packing"]["context"]
+            if finding.own_experiment:
+                assert context == 256
+            else:
+                assert context == (1024 if budget.name == "minutes" else 2048)
 
 
 @pytest.mark.slow

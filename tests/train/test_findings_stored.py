@@ -13,7 +13,7 @@ from kernels.errors import UserError
 from scripts.reproduce import command
 from tests.train.made_results import COLLAPSED, PACKING, made_record, store_made
 from train.findings import FINDINGS
-from train.findings.budgets import BUDGETS, difference, planned, slug_of, told_settings
+from train.findings.budgets import BUDGETS, difference, planned, pool_of, slug_of, told_settings
 from train.findings.costs import resolution
 from train.findings.draw import COLUMNS, points_of
 from train.findings.measures import CURVES, Record
@@ -153,7 +153,7 @@ def test_stored_outcomes_are_recomputed_and_a_changed_one_is_found(tmp_path, nam
     shown = capsys.readouterr().out
     for claim in stored_outcome(folder / f"{name}.json")["claims"]:
         assert claim["says"] in shown and claim["verdict"] in shown
-    record = next((folder / "runs" / "minutes").iterdir())
+    record = next((folder / "runs" / pool_of(finding, MINUTES)).iterdir())
     told = json.loads(record.read_bytes())
     told["values"] = {name: (value or 0) + 0.3 for name, value in told["values"].items()}
     record.write_text(json.dumps(told))

@@ -3,7 +3,7 @@
 base.py        what a finding is made of: arms, measures, the paper's numbers, criteria
 <name>.py      one finding each: a new one is its file and its line in ``FINDINGS``
 budgets.py     cpu, minutes, paper: what a run of an arm is there
-campaign.py    makes the runs that are missing, within a time; jobs.py: several at once
+campaign.py    makes the runs that are missing, within a time; jobs.py, pace.py: several at once
 measures.py    what is kept of a run: a few kB that are enough for all that follows
 store.py       those records on disk; statistics.py: what their noise can tell
 verdicts.py    holds, holds in direction, doesn't hold, not decided, still rising
@@ -11,6 +11,7 @@ table.py       ours beside the paper's; draw.py: the figures; page.py: docs/find
 """
 
 from train.findings.attention_ops import ATTENTION_OPS
+from train.findings.backcopy import BACKCOPY
 from train.findings.base import Finding
 from train.findings.data_amount import DATA_AMOUNT
 from train.findings.emergence import EMERGENCE
@@ -22,6 +23,6 @@ __all__ = ["FINDINGS", "Finding"]
 
 FINDINGS: dict[str, Finding] = {
     finding.name: finding
-    for finding in (NOISE, PACKING, EMERGENCE, ATTENTION_OPS, FIXED_TOKEN, DATA_AMOUNT)
+    for finding in (NOISE, PACKING, EMERGENCE, ATTENTION_OPS, BACKCOPY, FIXED_TOKEN, DATA_AMOUNT)
 }
 """By name: what ``python -m scripts.reproduce`` knows; the noise first, all rest on it."""

@@ -68,6 +68,17 @@ K_BIAS, KV_BIAS = {FIRST: 0.0, SLOT: 0.7334}, {FIRST: 0.0004, SLOT: 0.7276}
 """The paper's."""
 
 
+def falls(arm: str, paper: str, added: str | None = None) -> Claim:
+    """The first token isn't rested on, or hardly."""
+    return Claim(
+        says=f"{arm}: the first token's excess mass falls, to a quarter or less ({paper})",
+        direction=(AtMost(Of(arm, EXCESS), Of(BASE, EXCESS), strict=True),),
+        magnitude=(AtMost(Of(arm, EXCESS), Of(BASE, EXCESS), times=0.25),),
+        effect=(Of(BASE, EXCESS), Of(arm, EXCESS)),
+        added=added,
+    )
+
+
 def arms_of(context: int, packing: str) -> tuple[Arm, ...]:
     """The arms on rows of ``context`` tokens."""
     packed = f"packing={packing}"
@@ -151,18 +162,8 @@ ATTENTION_OPS = Finding(
             effect=(Of("sigmoid_normalized", EXCESS), Of("sigmoid", EXCESS)),
             paper_effect=0.298,
         ),
-        *(
-            Claim(
-                says=f"{arm}: the first token's excess mass falls, to a quarter or less ({paper})",
-                direction=(AtMost(Of(arm, EXCESS), Of(BASE, EXCESS), strict=True),),
-                magnitude=(AtMost(Of(arm, EXCESS), Of(BASE, EXCESS), times=0.25),),
-                effect=(Of(BASE, EXCESS), Of(arm, EXCESS)),
-            )
-            for arm, paper in (
-                ("sink_logit", "no number in the paper"),
-                ("gated", "attention to the first token 0.467 -> 0.048"),
-            )
-        ),
+        falls("sink_logit", "no number in the paper"),
+        falls("gated", "attention to the first token 0.467 -> 0.048"),
     ),
     panels=(
         Panel("points", (FIRST, SLOT), "Where the sink is", "rate, eps 0.3, T = 64"),

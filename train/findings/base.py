@@ -177,7 +177,8 @@ class Finding:
     """One paper's claim and all that is needed to try it.
 
     name: on the command line. claim, setting: sentences for the page. source: the paper and place.
-    arms: at every budget but those in ``arms_at``. experiment: the paper's own preset. seeds: at
+    arms: at every budget but those in ``arms_at``. experiment: the paper's own preset; with
+    own_experiment the runs are of it at every budget, and their noise is their own. seeds: at
     ``minutes``. unknown: what the paper doesn't tell. aggregation: how the paper's rates are made.
     undecided: why no run of ours can decide it, None if it can.
     """
@@ -194,6 +195,7 @@ class Finding:
     claims: tuple[Claim, ...]
     panels: tuple[Panel, ...]
     experiment: str
+    own_experiment: bool = False
     seeds: int = 5
     unknown: tuple[str, ...] = ()
     undecided: str | None = None

@@ -18,14 +18,17 @@ from train.run_folder import ADDED, flat
 class Budget(NamedTuple):
     """Where findings are tried.
 
-    overrides: before an arm's. implied: overrides of arms that the preset has already, so that arms
-    of several findings are one. seeds: at most, None for the finding's. seconds: of a run alone,
-    until one was measured. decides: whether a verdict may be more than "not decided".
+    overrides: before an arm's, none where runs are of the findings' own experiments. own: of such
+    of a finding that has them at every budget. implied: overrides of arms that the preset has
+    already, so that arms of several findings are one. seeds: at most, None for the finding's.
+    seconds: of a run alone, until one was measured. decides: whether a verdict may be more than
+    "not decided".
     """
 
     name: str
     meant_for: str
     overrides: tuple[str, ...]
+    own: tuple[str, ...]
     implied: tuple[str, ...]
     seeds: int | None
     seconds: float
@@ -45,6 +48,7 @@ BUDGETS = {
                 "packing.context=256",
                 *("trainer.max_steps=12", "tracking.validate_every=4", "schedule.warmup_steps=2"),
             ),
+            own=("debug=cpu", "trainer.max_steps=12", "tracking.validate_every=4"),
             implied=("packing=causal",),
             seeds=3,
             seconds=6.0,
@@ -54,6 +58,7 @@ BUDGETS = {
             name="minutes",
             meant_for="one H100, about half a minute of it a run",
             overrides=("experiment=minutes",),
+            own=(),
             implied=("packing=causal",),
             seeds=None,
             seconds=90.0,
@@ -63,6 +68,7 @@ BUDGETS = {
             name="paper",
             meant_for="the paper's own setting, as far as it is known",
             overrides=(),
+            own=(),
             implied=(),
             seeds=3,
             seconds=12 * 3600.0,
@@ -119,9 +125,19 @@ def seeds_of(finding: Finding, budget: Budget) -> list[int]:
     return list(range(count))
 
 
+def _is_own(finding: Finding, budget: Budget) -> bool:
+    return finding.own_experiment or not budget.overrides
+
+
+def preset_of(finding: Finding, budget: Budget) -> tuple[str, ...]:
+    """The overrides of all its arms."""
+    own = (f"experiment={finding.experiment}", *budget.own)
+    return own if _is_own(finding, budget) else budget.overrides
+
+
 def pool_of(finding: Finding, budget: Budget) -> str:
     """Runs of one preset lie together, whichever finding asked for them."""
-    return budget.name if budget.overrides else f"{budget.name}-{finding.experiment}"
+    return f"{budget.name}-{finding.experiment}" if _is_own(finding, budget) else budget.name
 
 
 def planned(
@@ -129,12 +145,11 @@ def planned(
 ) -> Planned:
     """The run of an arm and a seed; of an arm with ``context_of`` the data are opened to know the
     context. Raises ``UserError`` for settings that can't be."""
-    preset = budget.overrides or (f"experiment={finding.experiment}",)
     own = tuple(override for override in arm.overrides if override not in budget.implied)
     if arm.context_of is not None:
         other = next(a for a in finding.arms_of(budget.name) if a.name == arm.context_of)
         own += _short_context(planned(finding, budget, other, 0, extra), extra)
-    return Planned(arm, seed, pool_of(finding, budget), preset, own)
+    return Planned(arm, seed, pool_of(finding, budget), preset_of(finding, budget), own)
 
 
 _short: dict[tuple, tuple[str, ...]] = {}

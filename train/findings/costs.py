@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train.findings import FINDINGS
 from train.findings.base import PRIMARY, Claim, Finding
-from train.findings.budgets import Budget, seeds_of, tokens_of
+from train.findings.budgets import Budget, preset_of, seeds_of, tokens_of
 from train.findings.page import stored_noise
 from train.findings.statistics import smallest_effect
 from train.findings.store import Results, stored_results
@@ -48,7 +48,7 @@ def _row(finding: Finding, budget: Budget, folder: Path, noise: Noise) -> list[s
     took = [run.seconds for run in results.runs]
     # Of the noise finding's arms more seeds may be stored than are asked for here.
     planned = sum(seed < seeds for arm in results.records.values() for seed in arm)
-    preset = budget.overrides or (f"experiment={finding.experiment}",)
+    preset = preset_of(finding, budget)
     tokens = sum(tokens_of(preset, arm.overrides) for arm in arms)
     # By the token: arms differ in length, and not all of them may have run.
     seconds_a_token = budget.seconds / tokens_of(preset)
@@ -80,6 +80,8 @@ def resolution(finding: Finding, budget: Budget, seeds: int, noise: Noise) -> st
         return f"no: fewer than {MIN_SEEDS} seeds"
     if not effects:
         return "its claims aren't about a difference"
+    if finding.own_experiment:
+        return "by its own runs' noise"
     if not noise:
         return "unknown: run noise first"
     smallest = [(claim.paper_effect, _smallest(claim, RATE_OF, seeds, noise)) for claim in effects]

@@ -125,6 +125,8 @@ def _name(measure: str) -> str:
         "text/excess": "text",
         "natural/rate_030": "first token",
         "natural/null_rate_030": "slot",
+        "natural/excess": "first token",
+        "natural/null_excess": "slot",
     }
     if "_at_" in measure:
         return f"position {int(measure[-1]) + 1}"

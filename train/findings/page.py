@@ -19,7 +19,7 @@ from data.files import write_atomically
 from kernels.errors import UserError
 from train.findings import FINDINGS
 from train.findings.base import INPUTS, Finding
-from train.findings.budgets import BUDGETS, Budget
+from train.findings.budgets import BUDGETS, Budget, pool_of
 from train.findings.draw import draw, points_of
 from train.findings.store import require_results, stored_results
 from train.findings.table import lines_of, outcome
@@ -141,7 +141,7 @@ def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Pat
         # What people have to say about it: why ours differs, and how that was tried.
         lines += [notes.read_text().strip(), ""]
     lines += [
-        f"Data: `{place}/{finding.name}.csv`, runs in `{place}/runs/{budget.name}/`. Again:",
-        f"`python -m scripts.reproduce {finding.name} --budget {budget.name}`.",
+        f"Data: `{place}/{finding.name}.csv`, runs in `{place}/runs/{pool_of(finding, budget)}/`.",
+        f"Again: `python -m scripts.reproduce {finding.name} --budget {budget.name}`.",
     ]
     return lines

@@ -95,6 +95,9 @@ def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
 
     Records from before one of its measures was taken are left out.
     """
+    if results.finding.own_experiment:
+        # That of the baseline isn't its.
+        noise = {}
     every, sides = results, [side for test in claim.tests for side in test.sides]
     results = every.with_measures(sides)
     counts = [set(results.records.get(arm, {})) for arm in claim.arms]
