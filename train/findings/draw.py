@@ -36,7 +36,8 @@ def draw(results: Results) -> Figure:
             axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
             continue
         {"points": _points, "curves": _curves, "layers": _layers}[panel.kind](axis, panel, own)
-        if any(run.made_by["alpha_kind"] == "proxy" for run in results.runs):
+        is_proxy = any(run.made_by["alpha_kind"] == "proxy" for run in results.runs)
+        if is_proxy and not _is_ratio(panel):
             axis.set_title(f"{panel.title} (sigmoid: proxy)")
     if not results.budget.decides:
         figure.suptitle(f"budget {results.budget.name}: a check of the machinery", fontsize=9)
@@ -111,12 +112,17 @@ def _points(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
             at = arms.index(arm) + shift
             axis.plot([mean, mean], [at - 0.13, at + 0.13], color=colour, lw=1.8)
     if not panel.measures[0].startswith("onset/"):
-        axis.axvline(0, **BASELINE)
+        axis.axvline(1 if _is_ratio(panel) else 0, **BASELINE)
     axis.set_yticks(range(len(arms)), arms)
     axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.set_xlabel(panel.label)
     if len(panel.measures) > 1:
         axis.legend(frameon=False, fontsize=8)
+
+
+def _is_ratio(panel: Panel) -> bool:
+    """Of norms, the first token's over the others'."""
+    return panel.measures[0].endswith("_ratio")
 
 
 def _name(measure: str) -> str:
