@@ -13,7 +13,7 @@ from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Findi
 
 SEEN = (
     "2026-11-30, when seeds 0 to 2 of all arms had been seen, as a test of what attention_ops had "
-    "shown; seeds 3 and 4 came after"
+    "shown; seeds 3 to 5 came after"
 )
 """When the finding was made up; what its slots and its gate are held to is attention_ops's."""
 
@@ -87,5 +87,6 @@ BACKCOPY = Finding(
     ),
     experiment="bigram_backcopy",
     own_experiment=True,
+    seeds=6,
     unknown=("the paper's task has other sizes, and one to three layers",),
 )
