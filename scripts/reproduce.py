@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kernels.errors import UserError, require
 from train.findings import FINDINGS, Finding
@@ -108,7 +108,9 @@ def print_outcome(
 
 def print_title(finding: Finding, budget: Budget) -> None:
     """Which finding what follows is about."""
-    print(f"\n# {finding.title} ({budget.name}: {budget.meant_for})\n")
+    own = finding.own_experiment and budget.decides
+    meant_for = f"runs of experiment={finding.experiment}" if own else budget.meant_for
+    print(f"\n# {finding.title} ({budget.name}: {meant_for})\n")
 
 
 def only(finding: Finding, budget: Budget, options: argparse.Namespace) -> None:
@@ -152,6 +154,7 @@ def plan_lines(finding: Finding, budget: Budget) -> list[str]:
     for claim in finding.claims_of(budget.name):
         lines += ["", f"{claim.says}", *(f"  direction: {test}" for test in claim.direction)]
         lines += [f"  magnitude: {test}" for test in claim.magnitude]
+        lines += [f"  added {claim.added}"] if claim.added else []
     unknown = "; ".join(finding.unknown) or "nothing that we know of"
     return [*lines, "", INPUTS, "", f"not told by the paper: {unknown}"]
 
@@ -163,9 +166,16 @@ def places_of(options: argparse.Namespace) -> Places:
     return Places(options.runs, options.folder, options.store, tuple(options.set))
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
 def parsed(arguments: list[str]) -> argparse.Namespace:
     """The options; raises ``UserError`` for names that aren't there."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -210,6 +220,12 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     for name in ("seeds", "jobs"):
         value = getattr(options, name)
         require(value is None or value >= 1, f"--{name}", "must be >= 1", value)
+    require(
+        options.seconds is None or options.seconds >= 0,
+        "--seconds",
+        "must be >= 0",
+        options.seconds,
+    )
     return options
 
 

@@ -331,8 +331,11 @@ def test_a_shorter_run_is_made_when_a_longer_one_would_end_too_late(monkeypatch,
     # It would be done in time if most of it had been made before.
     folder = run_dir(tasks[0].plan, places.runs)
     folder.mkdir(parents=True)
-    (folder / campaign.SPENT).write_text(str(2 * budget.seconds))
-    one = campaign.Campaign(places, seconds=2.1 * budget.seconds)
+    one = campaign.Campaign(places, seconds=3.4 * budget.seconds)
+    assert one.run(tasks, budget).waiting
+    had = 2 * budget.seconds / campaign.NO_SLOWER
+    (folder / campaign.SPENT).write_text(f"{2 * budget.seconds} {had}")
+    one = campaign.Campaign(places, seconds=3.4 * budget.seconds)
     assert not one.run(tasks, budget).waiting
 
 
@@ -404,7 +407,7 @@ def test_a_run_stopped_before_counts_all_its_time(monkeypatch, tmp_path):
     plan = planned(FINDINGS["noise"], BUDGETS["cpu"], FINDINGS["noise"].arms[0], 0)
     folder = run_dir(plan, places.runs)
     folder.mkdir(parents=True)
-    (folder / campaign.SPENT).write_text("30")
+    (folder / campaign.SPENT).write_text("30 10")
     (folder / "config.yaml").write_text("")
 
     def stopped(*args, **more):
@@ -413,4 +416,5 @@ def test_a_run_stopped_before_counts_all_its_time(monkeypatch, tmp_path):
     monkeypatch.setattr(campaign, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         campaign.make(plan, places, None)
-    assert 30 < float((folder / campaign.SPENT).read_text()) < 60
+    cost, had = map(float, (folder / campaign.SPENT).read_text().split())
+    assert 30 < cost < 60 and had == pytest.approx(10 + (cost - 30) / campaign.NO_SLOWER, abs=0.01)

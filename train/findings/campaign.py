@@ -37,7 +37,7 @@ from train.findings.budgets import (
 )
 from train.findings.jobs import logged, start, why_failed
 from train.findings.measures import PROBED, Record, measured
-from train.findings.pace import NO_SLOWER, Pace
+from train.findings.pace import NO_SLOWER, Pace, Size
 from train.findings.store import record_path, store_record
 from train.gpus import visible_gpus
 from train.launch import quiet
@@ -58,7 +58,7 @@ TOLD = {
 """Measures in the line that tells of a run, by the name there: of prompts as it was trained."""
 
 SPENT = "spent_seconds"
-"""In a run's folder, what its starts that were stopped have taken."""
+"""In a run's folder, what its starts that were stopped cost, and what of the device they had."""
 
 
 class Places(NamedTuple):
@@ -144,20 +144,23 @@ def make(plan: Planned, places: Places, signals: StopSignals, *, jobs: int = 1) 
             return _made(plan, places, signals, lambda: _spent(folder, began, jobs))
         except BaseException:
             if RunFolder(folder).config.exists():
-                spent = _spent(folder, began, jobs)
-                write_atomically(folder / SPENT, str(spent).encode())
+                _, had = _spent_before(folder)
+                had += (time.perf_counter() - began) / max(jobs, NO_SLOWER)
+                told = f"{_spent(folder, began, jobs)} {had}"
+                write_atomically(folder / SPENT, told.encode())
             raise
 
 
 def _spent(folder: Path, began: float, jobs: int) -> float:
-    """Seconds of the device that a run has taken, in all its starts."""
-    return _spent_before(folder) + (time.perf_counter() - began) / jobs
+    """Seconds of the device that a run has cost, in all its starts."""
+    return _spent_before(folder)[0] + (time.perf_counter() - began) / jobs
 
 
-def _spent_before(folder: Path) -> float:
-    """The same, in starts that were stopped."""
+def _spent_before(folder: Path) -> tuple[float, float]:
+    """Of starts that were stopped: what they cost, and what they had as ``pace`` counts it."""
     path = folder / SPENT
-    return float(path.read_text()) if path.exists() else 0.0
+    cost, had = path.read_text().split() if path.exists() else ("0", "0")
+    return float(cost), float(had)
 
 
 def _made(
@@ -237,22 +240,29 @@ class Campaign:
     def _next(self, waiting: list[Task], budget: Budget) -> tuple[Task, int] | None:
         """The first of those that wait that would be done in time, and the slot in which it begins
         now; None if none would."""
-        slot = self.pace.slot()
         for task in waiting:
-            seconds = self._needs(task.plan, budget)
-            if self.pace.in_time(slot, seconds):
+            size = self._size(task.plan, budget)
+            for slot in self.pace.slots():
+                if not self.pace.in_time(slot, size):
+                    continue
+                if self.jobs > 1 and not self._has_data:
+                    # Here once, rather than by whoever comes first while all others wait; and data
+                    # that can't be used end the campaign before it begins.
+                    config, _ = task.plan.compose(self.places.extra)
+                    data_of(config).setup()
+                    self._has_data = True
+                    # Which takes time.
+                    return self._next(waiting, budget)
                 waiting.remove(task)
-                self.pace.begin(slot, seconds)
+                self.pace.begin(slot, size)
                 return task, slot
         return None
 
-    def _needs(self, plan: Planned, budget: Budget) -> float:
-        """Seconds of a device."""
+    def _size(self, plan: Planned, budget: Budget) -> Size:
         tokens = _tokens(plan)
         alone = budget.seconds * tokens / tokens_of(plan.preset)
-        # Of the clock, an earlier start counted as much as it would have had of a full device.
-        before = _spent_before(run_dir(plan, self.places.runs)) * self.share
-        return self.pace.needs(tokens, alone, before / max(self.share, NO_SLOWER))
+        _, before = _spent_before(run_dir(plan, self.places.runs))
+        return Size(plan.pool, tokens, alone, before)
 
     def _in_turn(self, budget: Budget, waiting: list[Task], signals: StopSignals) -> Missing:
         failed = []
@@ -306,12 +316,6 @@ class Campaign:
 
     def _start(self, task: Task, budget: Budget, slot: int) -> subprocess.Popen:
         finding, plan = task
-        if not self._has_data:
-            # Here once, rather than by whoever comes first while all others wait; and data that
-            # can't be used end the campaign before it begins.
-            config, _ = plan.compose(self.places.extra)
-            data_of(config).setup()
-            self._has_data = True
         command = [
             *(sys.executable, "-m", "scripts.reproduce", finding.name, "--budget", budget.name),
             *("--only", f"{plan.arm.name}:{plan.seed}", "--runs", str(self.places.runs)),
@@ -332,10 +336,10 @@ class Campaign:
         if record is None:
             return
         folder = run_dir(plan, self.places.runs)
-        before = _spent_before(folder)
+        before, _ = _spent_before(folder)
         # Not of what an earlier start began, or another campaign made while this one waited.
         if before == 0 and turn.cost >= record.seconds / 2:
-            self.pace.learn(turn, _tokens(plan))
+            self.pace.learn(turn)
         if self.jobs > 1:
             # The run itself doesn't know how many there were beside it.
             seconds = round(max(record.seconds, before + turn.cost), 1)

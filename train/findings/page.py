@@ -124,7 +124,7 @@ def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Pat
         "",
     ]
     if told["claims"]:
-        lines += ["<details><summary>Criteria, written down before</summary>", ""]
+        lines += ["<details><summary>Criteria</summary>", ""]
         for claim in told["claims"]:
             direction = "; ".join(claim["criterion"]["direction"])
             magnitude = "; ".join(claim["criterion"]["magnitude"])

@@ -179,7 +179,12 @@ def lines_of(finding: Finding, budget: Budget, told: dict[str, Any]) -> list[str
     if told["claims"]:
         rows = [
             [
-                *(claim["says"], claim["verdict"], claim["direction"], claim["magnitude"]),
+                *(
+                    claim["says"] + _added(claim),
+                    claim["verdict"],
+                    claim["direction"],
+                    claim["magnitude"],
+                ),
                 *(str(claim["seeds"]), _why(claim)),
             ]
             for claim in told["claims"]
@@ -214,6 +219,10 @@ def _table(finding: Finding, budget: Budget, told: dict[str, Any], number: int) 
                 cells.append(paper_text(cell["paper"], percent) if "paper" in cell else "")
         rows.append(cells)
     return markdown(header, rows)
+
+
+def _added(claim: dict[str, Any]) -> str:
+    return " (criterion added later)" if claim["added"] else ""
 
 
 def _why(claim: dict[str, Any]) -> str:
