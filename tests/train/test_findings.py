@@ -264,6 +264,17 @@ def test_the_smallest_effect_is_found_four_times_in_five():
     assert found.mean() == pytest.approx(0.8, abs=0.025)
 
 
+def test_a_finding_with_an_experiment_of_its_own_has_its_own_noise(tmp_path):
+    finding = FINDINGS["backcopy"]
+    gone = {"natural/excess": -0.05, "natural/rate_030": 0.0, "natural/null_rate_030": 1.0}
+    store_made(tmp_path, finding, {"k_bias": gone})
+    # The baseline's, which would hide any effect.
+    told = judged(
+        tmp_path, "k_bias: the slot", noise={"natural/excess": (10.0, 8)}, finding=finding
+    )
+    assert told.verdict is Verdict.holds and told.tellable < 0.15
+
+
 def test_noise_is_the_larger_spread_of_the_baselines(tmp_path):
     finding = FINDINGS["noise"]
     store_made(tmp_path, finding, seeds=8)

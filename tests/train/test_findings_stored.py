@@ -195,6 +195,8 @@ def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):
         (["noise:0"], "SEEDS of noise must be >= 1, got '0'"),
         (["noise", "--budget", "hours"], "--budget must be one of cpu, minutes, paper"),
         (["noise", "--jobs", "0"], "--jobs must be >= 1"),
+        (["noise", "--seconds", "-1"], "--seconds must be >= 0, got -1"),
+        (["noise", "--seconds", "soon"], "argument --seconds: invalid float value: 'soon'"),
         (["noise", "--show"], "must have stored results of noise"),
         (["noise", "--only", "causal"], "--only must be ARM:SEED"),
     ],

@@ -39,8 +39,8 @@ EMERGENCE = Finding(
     source="arXiv 2410.10781, Fig. 4 and 28; 2606.02378 for layers; one seed each",
     setting=(
         "the baseline without a BOS, as in the paper (with the budget minutes for four times the "
-        "steps: its sink is slow), and with a pinned BOS; onset: the first record from which the "
-        "excess mass stays at or above half of its final value and more than two heads "
+        "steps: its sink may be slow), and with a pinned BOS; onset: the first record from which "
+        "the excess mass stays at or above half of its final value and more than two heads "
         "stay above 0.3 (train/onset.py), with its distance to the record before and a 95 % "
         "interval over heads"
     ),
