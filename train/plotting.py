@@ -19,11 +19,11 @@ ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
 
 
 def new_figure(
-    width: float = 6.4, height: float = 4.0, columns: int = 1
+    width: float = 6.4, height: float = 4.0, columns: int = 1, rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``width`` x ``height`` inches with ``columns`` axes side by side."""
+    """A figure of ``width`` x ``height`` inches; its axes row by row, ``columns`` side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

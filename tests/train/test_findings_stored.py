@@ -15,7 +15,7 @@ from tests.train.made_results import COLLAPSED, PACKING, made_record, store_made
 from train.findings import FINDINGS
 from train.findings.budgets import BUDGETS, difference, planned, pool_of, slug_of, told_settings
 from train.findings.costs import resolution
-from train.findings.draw import COLUMNS, points_of
+from train.findings.draw import COLUMNS, draw, points_of
 from train.findings.measures import CURVES, Record
 from train.findings.page import (
     json_bytes,
@@ -100,10 +100,25 @@ def test_findings_name_arms_and_curves_that_are_there(name):
         for claim in finding.claims_of(budget):
             assert set(claim.arms) <= arms and claim.direction
         assert {arm.context_of for arm in finding.arms_of(budget)} <= arms | {None}
-        assert {panel.arm for panel in finding.panels} <= arms | {None}
+        for panel in finding.panels_of(budget):
+            assert set(panel.arms) <= arms and (len(panel.arms) == 1 or panel.kind != "layers")
     assert finding.claims_of("minutes") == list(finding.claims)
+    assert finding.panels_of("minutes") == list(finding.panels)
     measures = {panel.measures[0] for panel in finding.panels if panel.kind != "points"}
     assert measures <= set(CURVES)
+
+
+def test_a_panel_shows_the_arms_that_it_names():
+    finding = FINDINGS["attention_ops"]
+    results = stored_results(finding, MINUTES, ROOT / FOLDER)
+    drawn = points_of(results).groupby("panel")["arm"].unique()
+    titles = [axis.get_title() for axis in draw(results).axes]
+    for index, panel in enumerate(finding.panels):
+        arms = set(drawn[index])
+        assert arms and (not panel.arms or arms <= set(panel.arms))
+        proxy = any("sigmoid" in arm for arm in arms)
+        assert titles[index] == panel.title + (" (sigmoid: proxy)" if proxy else "")
+    assert len(finding.panels_of("paper")) < len(finding.panels) == len(titles)
 
 
 def check_stored(folder: Path) -> int:

@@ -190,7 +190,14 @@ ATTENTION_OPS = Finding(
     ),
     panels=(
         Panel("points", (FIRST, SLOT), "Where the sink is", "rate, eps 0.3, T = 64"),
-        Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
+        *(
+            Panel("curves", ("excess",), f"Training rows: {what}", "first key's excess mass", arms)
+            for what, arms in (
+                ("slots and gate", (BASE, "k_bias", "kv_bias", "sink_logit", "gated")),
+                ("sigmoids", (BASE, "sigmoid", "sigmoid_bias", "sigmoid_normalized")),
+                ("no BOS, longer", tuple(arm.name for arm in unpinned_arms(1024))),
+            )
+        ),
     ),
     experiment="gu60m",
     unknown=("seeds; bf16 evaluation in the paper",),

@@ -162,14 +162,15 @@ class Panel(NamedTuple):
     """A panel of a finding's figure.
 
     kind: ``points``, a value a run by arm; ``curves``, over steps by arm; ``layers``, over steps by
-    layer of ``arm``. measures: of ``points`` up to two, else one (``layers``: excess or rate_030).
+    layer. measures: of ``points`` up to two, else one (``layers``: excess or rate_030). arms: what
+    is shown of them, () is all; ``layers`` has one.
     """
 
     kind: str
     measures: tuple[str, ...]
     title: str
     label: str
-    arm: str | None = None
+    arms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,3 +209,8 @@ class Finding:
         """The claims whose arms are all there at a budget."""
         names = {arm.name for arm in self.arms_of(budget)}
         return [claim for claim in self.claims if names.issuperset(claim.arms)]
+
+    def panels_of(self, budget: str) -> list[Panel]:
+        """The panels whose arms are all there at a budget."""
+        names = {arm.name for arm in self.arms_of(budget)}
+        return [panel for panel in self.panels if names.issuperset(panel.arms)]

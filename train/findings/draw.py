@@ -1,6 +1,8 @@
-"""A finding's figure, a panel for each of ``Finding.panels``, and the data behind it."""
+"""A finding's figure, a panel for each that it has at the budget, and the data behind it."""
 
 from __future__ import annotations
+
+import math
 
 import matplotlib
 import numpy as np
@@ -9,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.findings.base import Of, Panel
+from train.findings.measures import Record
 from train.findings.store import Results
 from train.plotting import ARM_COLOURS, BASELINE, layer_colours, log_steps, new_figure
 
@@ -18,26 +21,33 @@ LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "D")
 """Of the first and the second measure of a panel of points."""
 
+SIDE_BY_SIDE = 3
+"""More panels than that are in two rows."""
+
 COLUMNS = ("panel", "kind", "measure", "arm", "seed", "layer", "step", "value")
 """Of the figure's data; seed -1 is the mean over seeds, layer and step -1 are not of one."""
 
 
 def draw(results: Results) -> Figure:
     """The figure; panels without data are empty and say so."""
-    panels = results.finding.panels
+    panels = results.finding.panels_of(results.budget.name)
     points = points_of(results)
-    rows = len(results.records)
-    height = max(3.6, 0.42 * rows + 1.6)
-    figure, axes = new_figure(width=5.6 * len(panels), height=height, columns=len(panels))
-    for index, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
+    columns = len(panels) if len(panels) <= SIDE_BY_SIDE else math.ceil(len(panels) / 2)
+    rows = math.ceil(len(panels) / columns)
+    height = max(3.6, (0.42 if rows == 1 else 0.32) * len(results.records) + 1.6)
+    figure, axes = new_figure(5.6 * columns, height * rows, columns, rows)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for index, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
         own = points[points["panel"] == index]
         axis.set_title(panel.title)
         if own.empty:
             axis.text(0.5, 0.5, "no data", ha="center", transform=axis.transAxes)
             continue
         {"points": _points, "curves": _curves, "layers": _layers}[panel.kind](axis, panel, own)
-        is_proxy = any(run.made_by["alpha_kind"] == "proxy" for run in results.runs)
-        if is_proxy and not _is_ratio(panel):
+        shown = _shown(results, panel).values()
+        kinds = {run.made_by["alpha_kind"] for seeds in shown for run in seeds.values()}
+        if "proxy" in kinds and not _is_ratio(panel):
             axis.set_title(f"{panel.title} (sigmoid: proxy)")
     if not results.budget.decides:
         figure.suptitle(f"budget {results.budget.name}: a check of the machinery", fontsize=9)
@@ -47,17 +57,23 @@ def draw(results: Results) -> Figure:
 def points_of(results: Results) -> pd.DataFrame:
     """Everything that is drawn, columns ``COLUMNS``."""
     rows = []
-    for index, panel in enumerate(results.finding.panels):
+    for index, panel in enumerate(results.finding.panels_of(results.budget.name)):
         rows += [(index, panel.kind, *point) for point in _FOUND[panel.kind](results, panel)]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"value": float}).dropna(subset="value").reset_index(drop=True)
+
+
+def _shown(results: Results, panel: Panel) -> dict[str, dict[int, Record]]:
+    """Its arms' runs, by arm and seed."""
+    arms = panel.arms or tuple(results.records)
+    return {arm: results.records.get(arm, {}) for arm in arms}
 
 
 def _found_points(results: Results, panel: Panel) -> list[tuple]:
     return [
         (measure, arm, seed, -1, -1, value)
         for measure in panel.measures
-        for arm in results.records
+        for arm in _shown(results, panel)
         for seed, value in results.values(Of(arm, measure)).items()
     ]
 
@@ -66,7 +82,7 @@ def _found_curves(results: Results, panel: Panel) -> list[tuple]:
     (measure,) = panel.measures
     return [
         (measure, arm, seed, -1, step, value)
-        for arm, seeds in results.records.items()
+        for arm, seeds in _shown(results, panel).items()
         for seed, record in seeds.items()
         if measure in record.curves
         for step, value in record.curves[["step", measure]].itertuples(index=False)
@@ -74,22 +90,22 @@ def _found_curves(results: Results, panel: Panel) -> list[tuple]:
 
 
 def _found_layers(results: Results, panel: Panel) -> list[tuple]:
-    (measure,) = panel.measures
+    (measure,), (arm,) = panel.measures, panel.arms
     prefix = f"{measure}/layer_"
     names = sorted(
         {
             name
-            for record in results.records.get(panel.arm, {}).values()
+            for record in results.records.get(arm, {}).values()
             for name in record.curves
             if name.startswith(prefix)
         }
     )
     rows = []
     for name in names:
-        curve = results.curve(Of(panel.arm, name))
+        curve = results.curve(Of(arm, name))
         if curve is not None:
             layer = int(name.removeprefix(prefix))
-            rows += [(measure, panel.arm, -1, layer, step, value) for step, value in curve.items()]
+            rows += [(measure, arm, -1, layer, step, value) for step, value in curve.items()]
     return rows
 
 

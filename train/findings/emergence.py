@@ -74,7 +74,10 @@ EMERGENCE = Finding(
     panels=(
         Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
         Panel("points", ("onset/onset_step",), "Onset of every seed", "step"),
-        Panel("layers", ("excess",), "pinned, by layer", "excess mass of the first key", "pinned"),
+        *(
+            Panel("layers", ("excess",), f"{arm}, by layer", "excess mass of the first key", (arm,))
+            for arm in ("causal", "pinned")
+        ),
     ),
     experiment="gu60m",
     unknown=("the paper's text says cosine; its released configurations keep the rate constant",),
