@@ -142,7 +142,7 @@ def _norm_ratios(metrics: pd.DataFrame) -> Figure | None:
     }
     if not all(columns.values()):
         return None
-    figure, axes = new_figure(width=9.6, columns=2)
+    figure, axes = new_figure(width=9.6, count=2)
     for axis, (panel, title) in zip(axes, panels.items(), strict=True):
         names = columns[panel]
         for name, colour in zip(names, layer_colours(len(names)), strict=True):

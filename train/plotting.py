@@ -1,5 +1,7 @@
 """What all matplotlib figures of the project share."""
 
+import math
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -19,11 +21,14 @@ ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
 
 
 def new_figure(
-    width: float = 6.4, height: float = 4.0, columns: int = 1, rows: int = 1
+    width: float = 6.4, height: float = 4.0, count: int = 1, columns: int | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``width`` x ``height`` inches; its axes row by row, ``columns`` side by side."""
+    """A figure of ``width`` x ``height`` inches with ``count`` axes, row by row, ``columns`` (by
+    default all) side by side."""
+    columns = columns or count
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -21,7 +21,7 @@ MINUTES = BUDGETS["minutes"]
 
 
 def judged(folder: Path, says: str, noise=None, finding=PACKING, budget=MINUTES):
-    (claim,) = (claim for claim in finding.claims if says in claim.says)
+    (claim,) = (claim for claim in finding.claims_of(budget.name) if says in claim.says)
     return judge(claim, stored_results(finding, budget, folder), noise or {})
 
 

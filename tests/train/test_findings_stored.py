@@ -102,23 +102,32 @@ def test_findings_name_arms_and_curves_that_are_there(name):
         assert {arm.context_of for arm in finding.arms_of(budget)} <= arms | {None}
         for panel in finding.panels_of(budget):
             assert set(panel.arms) <= arms and (len(panel.arms) == 1 or panel.kind != "layers")
-    assert finding.claims_of("minutes") == list(finding.claims)
-    assert finding.panels_of("minutes") == list(finding.panels)
+    # Each is of some budget.
+    for of_budget, all_there_are in (
+        (finding.claims_of, finding.claims),
+        (finding.panels_of, finding.panels),
+    ):
+        assert {one for budget in BUDGETS for one in of_budget(budget)} == set(all_there_are)
     measures = {panel.measures[0] for panel in finding.panels if panel.kind != "points"}
     assert measures <= set(CURVES)
 
 
-def test_a_panel_shows_the_arms_that_it_names():
+def test_a_panel_shows_the_arms_that_it_names_and_four_are_two_by_two():
     finding = FINDINGS["attention_ops"]
     results = stored_results(finding, MINUTES, ROOT / FOLDER)
     drawn = points_of(results).groupby("panel")["arm"].unique()
-    titles = [axis.get_title() for axis in draw(results).axes]
+    axes = draw(results).axes
     for index, panel in enumerate(finding.panels):
-        arms = set(drawn[index])
-        assert arms and (not panel.arms or arms <= set(panel.arms))
+        named = panel.arms or tuple(results.records)
+        arms = {arm for arm in named if results.records[arm]}
+        assert set(drawn[index]) == arms != set()
         proxy = any("sigmoid" in arm for arm in arms)
-        assert titles[index] == panel.title + (" (sigmoid: proxy)" if proxy else "")
-    assert len(finding.panels_of("paper")) < len(finding.panels) == len(titles)
+        told = panel.title + (" (sigmoid: proxy)" if proxy else "")
+        assert axes[index].get_title() == told
+    cells = [axis.get_subplotspec() for axis in axes]
+    places = [(cell.rowspan.start, cell.colspan.start) for cell in cells]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len(finding.panels_of("paper")) == 3
 
 
 def check_stored(folder: Path) -> int:

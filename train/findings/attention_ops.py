@@ -2,7 +2,18 @@
 
 import math
 
-from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Of, Panel
+from train.findings.base import (
+    MASS,
+    RATE,
+    Arm,
+    AtLeast,
+    AtMost,
+    Claim,
+    Column,
+    Finding,
+    Of,
+    Panel,
+)
 
 FIRST = "natural/rate_030"
 SLOT = "natural/null_rate_030"
@@ -10,6 +21,7 @@ EXCESS = "natural/excess"
 HIDDEN = "natural/hidden_ratio"
 VALUE = "natural/value_ratio"
 BASE, UNPINNED = "softmax", "unpinned"
+NO_BOS = (UNPINNED, "unpinned_k_bias", "unpinned_kv_bias", "unpinned_sigmoid_bias")
 PINNED = "causal_pinned_bos"
 
 K_BIAS, KV_BIAS = {FIRST: 0.0, SLOT: 0.7334}, {FIRST: 0.0004, SLOT: 0.7276}
@@ -191,11 +203,11 @@ ATTENTION_OPS = Finding(
     panels=(
         Panel("points", (FIRST, SLOT), "Where the sink is", "rate, eps 0.3, T = 64"),
         *(
-            Panel("curves", ("excess",), f"Training rows: {what}", "first key's excess mass", arms)
+            Panel("curves", ("excess",), f"Training rows: {what}", MASS, arms)
             for what, arms in (
                 ("slots and gate", (BASE, "k_bias", "kv_bias", "sink_logit", "gated")),
                 ("sigmoids", (BASE, "sigmoid", "sigmoid_bias", "sigmoid_normalized")),
-                ("no BOS, longer", tuple(arm.name for arm in unpinned_arms(1024))),
+                ("no BOS", NO_BOS),
             )
         ),
     ),

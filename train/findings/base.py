@@ -6,12 +6,15 @@ A finding is data; ``train.findings.verdicts`` judges it, ``table`` and ``draw``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 PRIMARY = "excess"
 """The primary outcome: the first key's mass above uniform attention, T = 64; rates stand beside."""
+
+MASS = "excess mass of the first key"
+"""Label of its curves."""
 
 RATE = (
     "rates: each prompt thresholded at 0.3 by itself, then averaged over prompts, layers and heads "
@@ -207,10 +210,11 @@ class Finding:
 
     def claims_of(self, budget: str) -> list[Claim]:
         """The claims whose arms are all there at a budget."""
-        names = {arm.name for arm in self.arms_of(budget)}
-        return [claim for claim in self.claims if names.issuperset(claim.arms)]
+        return [claim for claim in self.claims if self._has(budget, claim.arms)]
 
     def panels_of(self, budget: str) -> list[Panel]:
         """The panels whose arms are all there at a budget."""
-        names = {arm.name for arm in self.arms_of(budget)}
-        return [panel for panel in self.panels if names.issuperset(panel.arms)]
+        return [panel for panel in self.panels if self._has(budget, panel.arms)]
+
+    def _has(self, budget: str, arms: Iterable[str]) -> bool:
+        return {arm.name for arm in self.arms_of(budget)}.issuperset(arms)

@@ -56,7 +56,7 @@ BUDGETS = {
         ),
         Budget(
             name="minutes",
-            meant_for="one H100, about half a minute of it a run",
+            meant_for="one H200, about half a minute of it a run",
             overrides=("experiment=minutes",),
             own=(),
             implied=("packing=causal",),

@@ -20,7 +20,19 @@ def arms(
     )
 
 
-SMALLEST, ALL = "unique_5M", "all"
+ALL = "all"
+
+
+def less(smallest: str) -> Claim:
+    """Of the arm with the least unique text, whose amount is the budget's."""
+    return Claim(
+        says="little unique text, over and over, makes less of a sink than all there is",
+        direction=(
+            AtLeast(Of(ALL, "natural/excess"), Of(smallest, "natural/excess"), strict=True),
+        ),
+        effect=(Of(ALL, "natural/excess"), Of(smallest, "natural/excess")),
+    )
+
 
 DATA_AMOUNT = Finding(
     name="data_amount",
@@ -37,17 +49,17 @@ DATA_AMOUNT = Finding(
     aggregation=RATE,
     arms=arms(
         {
-            SMALLEST: 5_000_000,
+            "unique_5M": 5_000_000,
             "unique_10M": 10_000_000,
             "unique_20M": 20_000_000,
             ALL: None,
         }
     ),
     arms_at={
-        "cpu": arms({SMALLEST: 20_000, "unique_50M": 200_000, ALL: None}),
+        "cpu": arms({"unique_20K": 20_000, "unique_200K": 200_000, ALL: None}),
         "paper": arms(
             {
-                SMALLEST: 50_000_000,
+                "unique_50M": 50_000_000,
                 "unique_100M": 100_000_000,
                 "unique_200M": 200_000_000,
                 "unique_500M": 500_000_000,
@@ -67,15 +79,7 @@ DATA_AMOUNT = Finding(
         Column("gap", "gap"),
         Column("canonical_loss", "canonical loss, nats"),
     ),
-    claims=(
-        Claim(
-            says="little unique text, over and over, makes less of a sink than all of it once",
-            direction=(
-                AtLeast(Of(ALL, "natural/excess"), Of(SMALLEST, "natural/excess"), strict=True),
-            ),
-            effect=(Of(ALL, "natural/excess"), Of(SMALLEST, "natural/excess")),
-        ),
-    ),
+    claims=(less("unique_5M"), less("unique_20K"), less("unique_50M")),
     panels=(
         Panel("points", ("natural/excess",), "By unique text", "excess mass, T = 64"),
         Panel("points", ("gap",), "Overfitting", "held-out - training loss, nats"),

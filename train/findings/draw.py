@@ -24,6 +24,9 @@ MARKERS = ("o", "D")
 SIDE_BY_SIDE = 3
 """More panels than that are in two rows."""
 
+INCHES_AN_ARM = 0.34
+"""In a panel of points: its label, and a line of markers for each of two measures."""
+
 COLUMNS = ("panel", "kind", "measure", "arm", "seed", "layer", "step", "value")
 """Of the figure's data; seed -1 is the mean over seeds, layer and step -1 are not of one."""
 
@@ -32,13 +35,11 @@ def draw(results: Results) -> Figure:
     """The figure; panels without data are empty and say so."""
     panels = results.finding.panels_of(results.budget.name)
     points = points_of(results)
-    columns = len(panels) if len(panels) <= SIDE_BY_SIDE else math.ceil(len(panels) / 2)
-    rows = math.ceil(len(panels) / columns)
-    height = max(3.6, (0.42 if rows == 1 else 0.32) * len(results.records) + 1.6)
-    figure, axes = new_figure(5.6 * columns, height * rows, columns, rows)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    for index, (panel, axis) in enumerate(zip(panels, axes, strict=False)):
+    rows = 1 if len(panels) <= SIDE_BY_SIDE else 2
+    columns = math.ceil(len(panels) / rows)
+    height = max(3.6, INCHES_AN_ARM * len(results.records) + 1.6)
+    figure, axes = new_figure(5.6 * columns, height * rows, len(panels), columns)
+    for index, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
         own = points[points["panel"] == index]
         axis.set_title(panel.title)
         if own.empty:
@@ -66,7 +67,7 @@ def points_of(results: Results) -> pd.DataFrame:
 def _shown(results: Results, panel: Panel) -> dict[str, dict[int, Record]]:
     """Its arms' runs, by arm and seed."""
     arms = panel.arms or tuple(results.records)
-    return {arm: results.records.get(arm, {}) for arm in arms}
+    return {arm: results.records[arm] for arm in arms}
 
 
 def _found_points(results: Results, panel: Panel) -> list[tuple]:
@@ -95,7 +96,7 @@ def _found_layers(results: Results, panel: Panel) -> list[tuple]:
     names = sorted(
         {
             name
-            for record in results.records.get(arm, {}).values()
+            for record in results.records[arm].values()
             for name in record.curves
             if name.startswith(prefix)
         }

@@ -1,6 +1,17 @@
 """When a sink appears, and in which layers (arXiv 2410.10781, Fig. 4; 2606.02378)."""
 
-from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Of, Panel
+from train.findings.base import (
+    MASS,
+    RATE,
+    Arm,
+    AtLeast,
+    AtMost,
+    Claim,
+    Column,
+    Finding,
+    Of,
+    Panel,
+)
 
 
 def arms(*longer: str) -> tuple[Arm, ...]:
@@ -14,7 +25,7 @@ def arms(*longer: str) -> tuple[Arm, ...]:
 def emerges(arm: str) -> Claim:
     """An onset in every seed, at about the paper's sum of learning rates."""
     return Claim(
-        says=f"{arm}: a sink emerges early, between steps 1k and 2k of 20k",
+        says=f"{arm}: a sink isn't there from the start, and emerges early (steps 1k to 2k of 20k)",
         direction=(
             AtMost(Of(arm, "onset/censored")),
             # Not there from the start: the record before the onset is one.
@@ -72,10 +83,10 @@ EMERGENCE = Finding(
         ),
     ),
     panels=(
-        Panel("curves", ("excess",), "Training rows", "excess mass of the first key"),
+        Panel("curves", ("excess",), "Training rows", MASS),
         Panel("points", ("onset/onset_step",), "Onset of every seed", "step"),
         *(
-            Panel("layers", ("excess",), f"{arm}, by layer", "excess mass of the first key", (arm,))
+            Panel("layers", ("excess",), f"{arm}, by layer", MASS, (arm,))
             for arm in ("causal", "pinned")
         ),
     ),

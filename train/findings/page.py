@@ -100,7 +100,9 @@ def page(folder: Path) -> str:
         "`python -m scripts.reproduce NAME --store` from the runs in `docs/findings/runs/`; the",
         "criteria were written down before, unless one says when (`train/findings/`). Absolute",
         "percentages depend on scale: a verdict on the direction is about collapses, orderings and",
-        "shifts, one on the magnitude about the bound that its criterion names.",
+        "shifts, one on the magnitude about the bound that its criterion names. Five seeds an arm",
+        "are planned, and eight of the baseline; a verdict is by those that were run, three at",
+        "least, and says how many.",
     ]
     for finding in FINDINGS.values():
         path = folder / f"{finding.name}.json"

@@ -88,7 +88,7 @@ def _mass_against_loss(arms: Sequence[Arm]) -> Figure | None:
 
 
 def _norm_ratios(arms: Sequence[Arm]) -> Figure | None:
-    figure, axes = new_figure(width=9.6, columns=2)
+    figure, axes = new_figure(width=9.6, count=2)
     drawn = False
     for axis, (prefix, (title, over)) in zip(axes, NORM_PANELS.items(), strict=True):
         curves = [
