@@ -5,7 +5,7 @@
     python -m scripts.reproduce NAME --show             what is stored, without a run or a GPU
 
 Runs that are done aren't made again, stopped ones go on: interrupted or out of --seconds, the same
-command continues. --store keeps each run as a file of a few kB in docs/findings/runs, from where
+command continues. --store keeps each run as a file of 10 to 35 kB in docs/findings/runs, from where
 the finding can be finished without the runs' folders, and writes table, verdicts, figure and its
 data. Verdicts are by criteria that train/findings/ has in writing. Exit code 2 if a run failed.
 """
@@ -66,15 +66,12 @@ def reproduce(findings: list[Finding], budget: Budget, options: argparse.Namespa
     if options.plan:
         return
     places = places_of(options)
-    tasks = {
-        finding.name: tasks_of(
-            finding,
-            budget,
-            seeds_wanted(finding, budget, options.most_seeds[finding.name]),
-            places.extra,
-        )
-        for finding in findings
-    }
+    arms = arms_wanted(findings, budget, options.arms)
+    tasks = {}
+    for finding in findings:
+        seeds = seeds_wanted(finding, budget, options.most_seeds[finding.name])
+        every = tasks_of(finding, budget, seeds, places.extra)
+        tasks[finding.name] = [task for task in every if task.plan.arm.name in arms]
     campaign = Campaign(places, jobs=options.jobs, seconds=options.seconds)
     try:
         missing = campaign.run([task for one in tasks.values() for task in one], budget)
@@ -90,6 +87,18 @@ def reproduce(findings: list[Finding], budget: Budget, options: argparse.Namespa
                 print_outcome(finding, budget, results, options)
     if missing.failed:
         raise UserError(f"{len(missing.failed)} runs failed, the first: {missing.failed[0]}")
+
+
+def arms_wanted(findings: list[Finding], budget: Budget, told: str | None) -> set[str]:
+    """The arms whose runs are made: those of ``told``, by default all.
+
+    Raises ``UserError`` for a name that no finding has at this budget.
+    """
+    known = [arm.name for finding in findings for arm in finding.arms_of(budget.name)]
+    wanted = known if told is None else told.split(",")
+    for name in wanted:
+        require(name in known, "--arms", f"must be among {', '.join(dict.fromkeys(known))}", name)
+    return set(wanted)
 
 
 def print_outcome(
@@ -132,6 +141,7 @@ def print_results(finding: Finding, budget: Budget, results: Results, folder: Pa
     told = outcome(results, stored_noise(budget, folder))
     print(f"\n{finding.claim}\n{finding.source}\n")
     print("\n".join(lines_of(finding, budget, told)))
+    print(f"\nCriteria: {finding.name} --plan. Why ours differs: {folder}.md.")
     if not budget.decides:
         print(f"\nBudget {budget.name}: {budget.meant_for}.")
 
@@ -192,6 +202,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/findings"), help="of run folders (%(default)s)"
     )
+    parser.add_argument("--arms", metavar="ARM,...", help="only their runs (by default all arms')")
     parser.add_argument("--seeds", type=int, help="at most so many, where a name has none")
     parser.add_argument("--seconds", type=float, help="begin no run that wouldn't be done by then")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (%(default)s)")

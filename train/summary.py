@@ -81,7 +81,7 @@ def print_summary(
         console.print(table)
         console.print()
     speed = row.get("perf/tokens_per_second")
-    pace = f", {speed / 1000:.1f}k tokens/s" if speed else ""
+    pace = f", at last {speed / 1000:.1f}k tokens/s" if speed else ""
     lines = [
         f"trained for {training_seconds:.0f} s of {run_seconds:.0f} s on {row['tokens']:,} "
         f"tokens{pace}",

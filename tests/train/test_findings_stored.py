@@ -222,6 +222,7 @@ def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):
         (["noise", "--seconds", "-1"], "--seconds must be >= 0, got -1"),
         (["noise", "--seconds", "soon"], "argument --seconds: invalid float value: 'soon'"),
         (["noise", "--show"], "must have stored results of noise"),
+        (["noise", "--arms", "pinned,causl"], "--arms must be among causal, pinned, got 'causl'"),
         (["noise", "--only", "causal"], "--only must be ARM:SEED"),
     ],
 )

@@ -4,7 +4,7 @@ base.py        what a finding is made of: arms, measures, the paper's numbers, c
 <name>.py      one finding each: a new one is its file and its line in ``FINDINGS``
 budgets.py     cpu, minutes, paper: what a run of an arm is there
 campaign.py    makes the runs that are missing, within a time; jobs.py, pace.py: several at once
-measures.py    what is kept of a run: a few kB that are enough for all that follows
+measures.py    what is kept of a run: some 20 kB that are enough for all that follows
 store.py       those records on disk; statistics.py: what their noise can tell
 verdicts.py    holds, holds in direction, doesn't hold, not decided, still rising
 table.py       ours beside the paper's; draw.py: the figures; page.py: docs/findings.md

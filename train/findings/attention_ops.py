@@ -173,7 +173,8 @@ ATTENTION_OPS = Finding(
         Column(SLOT, "slot's rate", percent=True),
         Column(HIDDEN, "hidden norm, first / others"),
         Column(VALUE, "value norm, first / others"),
-        Column("canonical_loss", "canonical loss, nats"),
+        Column("eos_text/rate_030", "rate, EOS + text", percent=True, table=1),
+        Column("canonical_loss", "canonical loss, nats", table=1),
     ),
     claims=(
         taken_over("k_bias", "first 18.18 -> 0.00 %, slot 73.34 %"),

@@ -124,16 +124,19 @@ def _points(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
         y = np.array([arms.index(arm) for arm in own["arm"]]) + shift
         colour = ARM_COLOURS[index]
         style = {"s": 26, "marker": MARKERS[index], "color": colour, "alpha": 0.75, "zorder": 3}
-        axis.scatter(own["value"], y, label=_name(measure), **style)
+        label = _name(measure) if len(panel.measures) > 1 else None
+        axis.scatter(own["value"], y, label=label, **style)
         for arm, mean in own.groupby("arm")["value"].mean().items():
             at = arms.index(arm) + shift
             axis.plot([mean, mean], [at - 0.13, at + 0.13], color=colour, lw=1.8)
-    if not panel.measures[0].startswith("onset/"):
-        axis.axvline(1 if _is_ratio(panel) else 0, **BASELINE)
+    if _is_ratio(panel):
+        axis.axvline(1, label="as others", **BASELINE)
+    elif panel.measures[0].endswith("excess"):
+        axis.axvline(0, label="uniform attention", **BASELINE)
     axis.set_yticks(range(len(arms)), arms)
     axis.set_ylim(len(arms) - 0.5, -0.5)
     axis.set_xlabel(panel.label)
-    if len(panel.measures) > 1:
+    if axis.get_legend_handles_labels()[1]:
         axis.legend(frameon=False, fontsize=8)
 
 

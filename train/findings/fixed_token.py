@@ -59,7 +59,9 @@ FIXED_TOKEN = Finding(
         Column("text/rate_030", "Sink_1 of plain text", percent=True),
         *(Column(at(p), f"Sink_{p + 1}", percent=True) for p in SINKS),
         *(Column(beside(p), f"largest beside {p + 1}", percent=True) for p in SINKS),
-        Column("canonical_loss", "canonical loss, nats"),
+        Column("own_loss", "held-out loss: rows as trained", table=1),
+        Column("canonical_loss", "canonical loss: rows without the token", table=1),
+        Column("text/loss", "loss of plain text", table=1),
     ),
     claims=(
         *(

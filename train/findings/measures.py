@@ -1,4 +1,4 @@
-"""What a finding keeps of a run: a few kB that are enough for every table, verdict and figure.
+"""What a finding keeps of a run: some 20 kB that are enough for every table, verdict and figure.
 
 Measures of the last step, by name:
 

@@ -88,7 +88,7 @@ def _row(results: Results, column: Column) -> dict[str, Any]:
         if values:
             told["mean"] = rounded(float(np.mean(values)), 4)
         if len(values) > 1:
-            told["sd"] = rounded(float(np.std(values, ddof=1)), 2)
+            told["sd"] = rounded(float(np.std(values, ddof=1)), 4)
         if column.measure in arm.paper:
             told["paper"] = arm.paper[column.measure]
         place, _, name = column.measure.rpartition("/")
@@ -167,7 +167,7 @@ def lines_of(finding: Finding, budget: Budget, told: dict[str, Any]) -> list[str
     lines = []
     for number in dict.fromkeys(column.table for column in finding.columns):
         lines += [*_table(finding, budget, told, number), ""]
-    lines.append(f"Mean ± standard deviation over seeds; {finding.aggregation}.")
+    lines.append(f"Mean ± standard deviation over seeds{_brackets(told)}; {finding.aggregation}.")
     if told["mixed_data"]:
         lines += ["", f"Seeds that saw other data: of {', '.join(told['mixed_data'])}."]
     if told["onsets"]:
@@ -219,6 +219,18 @@ def _table(finding: Finding, budget: Budget, told: dict[str, Any], number: int) 
                 cells.append(paper_text(cell["paper"], percent) if "paper" in cell else "")
         rows.append(cells)
     return markdown(header, rows)
+
+
+def _brackets(told: dict[str, Any]) -> str:
+    """What the cells' brackets mean, of those that there are."""
+    cells = [cell for row in told["table"] for cell in row["arms"].values() if "mean" in cell]
+    text = ""
+    if any(cell.get("heads") for cell in cells):
+        text += "; in brackets the heads whose mean is above 0.3, of all, in the seeds with the "
+        text += "fewest and the most"
+    if any(None in cell["values"] for cell in cells):
+        text += "; (n of m): so many of the runs have it"
+    return text
 
 
 def _added(claim: dict[str, Any]) -> str:
@@ -294,7 +306,7 @@ def paper_text(value: float, percent: bool) -> str:
 
 
 def _digits(mean: float) -> int:
-    return 3 if abs(mean) < 100 else 0
+    return 3 if abs(mean) < 10 else 2 if abs(mean) < 100 else 0
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
