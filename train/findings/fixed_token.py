@@ -99,8 +99,16 @@ FIXED_TOKEN = Finding(
         ),
     ),
     panels=(
-        Panel("points", (at(0), at(1)), "Sink_1 and Sink_2", "rate, eps 0.3, T = 64"),
-        Panel("points", (at(2), beside(2)), "Sink_3", "rate, eps 0.3, T = 64"),
+        *(
+            Panel("points", (at(p), beside(p)), f"Position {p + 1}", "rate, eps 0.3, T = 64", arms)
+            for p, arms in enumerate(
+                (
+                    ("fixed_1", "random_1", "random_2"),
+                    ("fixed_2", "random_1_2"),
+                    ("fixed_3",),
+                )
+            )
+        ),
     ),
     experiment="gu60m",
     unknown=("which token was fixed (the released code writes id 1)",),

@@ -102,7 +102,8 @@ def page(folder: Path) -> str:
         "percentages depend on scale: a verdict on the direction is about collapses, orderings and",
         "shifts, one on the magnitude about the bound that its criterion names. Five seeds an arm",
         "are planned, and eight of the baseline; a verdict is by those that were run, three at",
-        "least, and says how many.",
+        "least, and says how many. In the figures a point is a seed, a bar or a line the mean, a",
+        "band all seeds.",
     ]
     for finding in FINDINGS.values():
         path = folder / f"{finding.name}.json"
