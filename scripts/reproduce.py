@@ -141,7 +141,8 @@ def print_results(finding: Finding, budget: Budget, results: Results, folder: Pa
     told = outcome(results, stored_noise(budget, folder))
     print(f"\n{finding.claim}\n{finding.source}\n")
     print("\n".join(lines_of(finding, budget, told)))
-    print(f"\nCriteria: {finding.name} --plan. Why ours differs: {folder}.md.")
+    again = f"python -m scripts.reproduce {finding.name} --plan --budget {budget.name}"
+    print(f"\nCriteria: {again}. Why ours differs: {folder}.md.")
     if not budget.decides:
         print(f"\nBudget {budget.name}: {budget.meant_for}.")
 

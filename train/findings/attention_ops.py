@@ -2,18 +2,7 @@
 
 import math
 
-from train.findings.base import (
-    MASS,
-    RATE,
-    Arm,
-    AtLeast,
-    AtMost,
-    Claim,
-    Column,
-    Finding,
-    Of,
-    Panel,
-)
+from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Of, Panel
 
 FIRST = "natural/rate_030"
 SLOT = "natural/null_rate_030"
@@ -204,7 +193,7 @@ ATTENTION_OPS = Finding(
     panels=(
         Panel("points", (FIRST, SLOT), "Where the sink is", "rate, eps 0.3, T = 64"),
         *(
-            Panel("curves", ("excess",), f"Training rows: {what}", MASS, arms)
+            Panel("curves", ("excess",), f"Training rows: {what}", arms=arms)
             for what, arms in (
                 ("slots and gate", (BASE, "k_bias", "kv_bias", "sink_logit", "gated")),
                 ("sigmoids", (BASE, "sigmoid", "sigmoid_bias", "sigmoid_normalized")),

@@ -13,9 +13,6 @@ from typing import NamedTuple
 PRIMARY = "excess"
 """The primary outcome: the first key's mass above uniform attention, T = 64; rates stand beside."""
 
-MASS = "excess mass of the first key"
-"""Label of its curves."""
-
 RATE = (
     "rates: each prompt thresholded at 0.3 by itself, then averaged over prompts, layers and heads "
     "(the released code of 2410.10781), first 64 tokens of 100 held-out documents"
@@ -165,14 +162,14 @@ class Panel(NamedTuple):
     """A panel of a finding's figure.
 
     kind: ``points``, a value a run by arm; ``curves``, over steps by arm; ``layers``, over steps by
-    layer. measures: of ``points`` up to two, else one (``layers``: excess or rate_030). arms: what
-    is shown of them, () is all; ``layers`` has one.
+    layer. measures: of ``points`` up to two, else one (``layers``: excess or rate_030). label: of
+    the axis that they are on. arms: what is shown of them, () is all; ``layers`` has one.
     """
 
     kind: str
     measures: tuple[str, ...]
     title: str
-    label: str
+    label: str = "excess mass of the first key"
     arms: tuple[str, ...] = ()
 
 

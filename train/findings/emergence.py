@@ -1,17 +1,6 @@
 """When a sink appears, and in which layers (arXiv 2410.10781, Fig. 4; 2606.02378)."""
 
-from train.findings.base import (
-    MASS,
-    RATE,
-    Arm,
-    AtLeast,
-    AtMost,
-    Claim,
-    Column,
-    Finding,
-    Of,
-    Panel,
-)
+from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Of, Panel
 
 
 def arms(*longer: str) -> tuple[Arm, ...]:
@@ -83,10 +72,10 @@ EMERGENCE = Finding(
         ),
     ),
     panels=(
-        Panel("curves", ("excess",), "Training rows", MASS),
+        Panel("curves", ("excess",), "Training rows"),
         Panel("points", ("onset/onset_step",), "Onset of every seed", "step"),
         *(
-            Panel("layers", ("excess",), f"{arm}, by layer", MASS, (arm,))
+            Panel("layers", ("excess",), f"{arm}, by layer", arms=(arm,))
             for arm in ("causal", "pinned")
         ),
     ),

@@ -1,6 +1,6 @@
 """How much runs differ that differ in their seeds alone: what every other verdict rests on."""
 
-from train.findings.base import MASS, RATE, Arm, Column, Finding, Panel
+from train.findings.base import RATE, Arm, Column, Finding, Panel
 
 NOISE = Finding(
     name="noise",
@@ -25,7 +25,7 @@ NOISE = Finding(
     claims=(),
     panels=(
         Panel("points", ("natural/excess",), "Every seed", "excess mass, T = 64"),
-        Panel("curves", ("excess",), "Training rows", MASS),
+        Panel("curves", ("excess",), "Training rows"),
     ),
     experiment="gu60m",
     seeds=8,

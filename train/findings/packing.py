@@ -1,18 +1,6 @@
 """Packing, mask and BOS decide where the sink is (arXiv 2504.02732, Table 2)."""
 
-from train.findings.base import (
-    MASS,
-    RATE,
-    Arm,
-    AtLeast,
-    AtMost,
-    Claim,
-    Column,
-    Finding,
-    Near,
-    Of,
-    Panel,
-)
+from train.findings.base import RATE, Arm, AtLeast, AtMost, Claim, Column, Finding, Near, Of, Panel
 
 TEXT, BOS = "text/excess", "bos_text/excess"
 
@@ -203,7 +191,7 @@ PACKING = Finding(
             "First key, 64-token prompts",
             "excess mass, T = 64",
         ),
-        Panel("curves", ("excess",), "Training rows", MASS),
+        Panel("curves", ("excess",), "Training rows"),
     ),
     experiment="barbero120m",
     unknown=(
