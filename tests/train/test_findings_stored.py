@@ -130,6 +130,19 @@ def test_a_panel_shows_the_arms_that_it_names_and_four_are_two_by_two():
     assert len(finding.panels_of("paper")) == 3
 
 
+def test_points_of_one_measure_can_be_compared_between_panels():
+    limits = {
+        name: [
+            axis.get_xlim()
+            for axis in draw(stored_results(FINDINGS[name], MINUTES, ROOT / FOLDER)).axes
+        ]
+        for name in ("fixed_token", "data_amount")
+    }
+    assert len(set(limits["fixed_token"])) == 1
+    # Excess mass and nats have nothing in common.
+    assert len(set(limits["data_amount"][:2])) == 2
+
+
 def check_stored(folder: Path) -> int:
     """Recompute every outcome, data and page in a folder from its runs; how many there were."""
     count = 0

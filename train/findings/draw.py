@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -50,9 +51,22 @@ def draw(results: Results) -> Figure:
         kinds = {run.made_by["alpha_kind"] for seeds in shown for run in seeds.values()}
         if "proxy" in kinds and not _is_ratio(panel):
             axis.set_title(f"{panel.title} (sigmoid: proxy)")
+    _share_values(panels, axes)
     if not results.budget.decides:
         figure.suptitle(f"budget {results.budget.name}: a check of the machinery", fontsize=9)
     return figure
+
+
+def _share_values(panels: Sequence[Panel], axes: Iterable[Axes]) -> None:
+    """Panels of points that measure the same have the same axis."""
+    alike: dict[str, list[Axes]] = {}
+    for panel, axis in zip(panels, axes, strict=True):
+        if panel.kind == "points" and axis.collections:
+            alike.setdefault(panel.label, []).append(axis)
+    for group in alike.values():
+        ends = [axis.get_xlim() for axis in group]
+        for axis in group:
+            axis.set_xlim(min(low for low, _ in ends), max(high for _, high in ends))
 
 
 def points_of(results: Results) -> pd.DataFrame:

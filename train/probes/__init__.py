@@ -7,6 +7,7 @@ its line here.
 from train.probes.base import Finding, Probe, ProbeInputs
 from train.probes.circuit import probe_circuit
 from train.probes.documents import probe_documents
+from train.probes.in_front import probe_in_front
 from train.probes.interventions import probe_interventions
 from train.probes.losses import probe_losses
 from train.probes.mixing import probe_mixing
@@ -18,6 +19,7 @@ __all__ = ["PROBES", "Finding", "Probe", "ProbeInputs"]
 PROBES: dict[str, Probe] = {
     "sinks": probe_sinks,
     "losses": probe_losses,
+    "in_front": probe_in_front,
     "norms": probe_norms,
     "mixing": probe_mixing,
     "circuit": probe_circuit,
