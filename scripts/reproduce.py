@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
         for finding in findings:
             results = stored_results(finding, budget, options.folder)
             require_results(results, options.folder)
+            print_title(finding, budget)
             print_results(finding, budget, results, options.folder)
         return
     if options.only is not None:
@@ -112,6 +113,7 @@ def print_outcome(
         results = stored_results(finding, budget, options.folder)
         for path in store_outcomes(finding.name, budget, options.folder):
             print(path)
+        print()
     print_results(finding, budget, results, options.folder)
 
 
@@ -139,7 +141,7 @@ def print_results(finding: Finding, budget: Budget, results: Results, folder: Pa
     from train.findings.table import lines_of, outcome
 
     told = outcome(results, stored_noise(budget, folder))
-    print(f"\n{finding.claim}\n{finding.source}\n")
+    print(f"Claim ({finding.source}): {finding.claim}\n\nSetting: {finding.setting}.\n")
     print("\n".join(lines_of(finding, budget, told)))
     again = f"python -m scripts.reproduce {finding.name} --plan --budget {budget.name}"
     print(f"\nCriteria: {again}. Why ours differs: {folder}.md.")
@@ -228,6 +230,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         "--budget",
         f"must be one of {', '.join(BUDGETS)}",
         options.budget,
+    )
+    told_only = next((name for name in ("list", "show", "plan") if getattr(options, name)), None)
+    require(
+        options.arms is None or told_only is None,
+        "--arms",
+        f"must be without --{told_only}, which tells of all arms",
+        options.arms,
     )
     for name in ("seeds", "jobs"):
         value = getattr(options, name)

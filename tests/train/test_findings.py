@@ -95,7 +95,9 @@ def test_two_seeds_decide_nothing(tmp_path):
     results = stored_results(PACKING, MINUTES, tmp_path)
     for claim in PACKING.claims:
         told = judge(claim, results, {})
-        assert told[:3] == (Verdict.undecided,) * 3 and "of the 3 seeds" in told.reason
+        no_number = Verdict.undecided if claim.magnitude else Verdict.no_number
+        assert told[:3] == (Verdict.undecided, Verdict.undecided, no_number)
+        assert "of the 3 seeds" in told.reason
 
 
 def test_an_effect_that_noise_could_make_decides_nothing(tmp_path):
@@ -105,6 +107,7 @@ def test_an_effect_that_noise_could_make_decides_nothing(tmp_path):
     # Eight seeds of the baseline that differ more than these five happened to.
     told = judged(tmp_path, "causal_pinned_bos: without", noise={"text/excess": (0.03, 8)})
     assert told[:3] == (Verdict.undecided,) * 3 and 0.02 < told.effect < told.tellable
+    assert told.reason.startswith("effect 0.0295 in bos_text/excess - text/excess, smallest")
 
 
 def drop_measure(folder: Path, seed: int) -> None:

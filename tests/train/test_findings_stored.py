@@ -18,6 +18,7 @@ from train.findings.costs import resolution
 from train.findings.draw import COLUMNS, draw, points_of
 from train.findings.measures import CURVES, Record
 from train.findings.page import (
+    anchor,
     json_bytes,
     page,
     stem,
@@ -25,7 +26,7 @@ from train.findings.page import (
     stored_noise,
     stored_outcome,
 )
-from train.findings.store import FOLDER, stored_results
+from train.findings.store import FOLDER, Results, stored_results
 from train.findings.table import lines_of, markdown, outcome
 from train.findings.verdicts import Verdict, judge
 
@@ -131,16 +132,28 @@ def test_a_panel_shows_the_arms_that_it_names_and_four_are_two_by_two():
 
 
 def test_points_of_one_measure_can_be_compared_between_panels():
-    limits = {
-        name: [
-            axis.get_xlim()
-            for axis in draw(stored_results(FINDINGS[name], MINUTES, ROOT / FOLDER)).axes
-        ]
-        for name in ("fixed_token", "data_amount")
-    }
+    limits = {}
+    for name in ("fixed_token", "data_amount", "attention_ops"):
+        results = stored_results(FINDINGS[name], MINUTES, ROOT / FOLDER)
+        limits[name] = [axis.get_xlim() for axis in draw(results).axes]
+        drawn = points_of(results)
+        for panel, own in drawn[drawn["kind"] == "points"].groupby("panel"):
+            left, right = limits[name][panel]
+            assert left <= own["value"].min() and own["value"].max() <= right
     assert len(set(limits["fixed_token"])) == 1
-    # Excess mass and nats have nothing in common.
+    # Excess mass and nats have nothing in common, nor have rates and steps.
     assert len(set(limits["data_amount"][:2])) == 2
+    assert [round(right) for _, right in limits["attention_ops"][1:]] == [1500, 1500, 6000]
+
+
+def test_a_panel_without_data_has_no_part_in_the_others_limits():
+    finding = FINDINGS["fixed_token"]
+    results = stored_results(finding, MINUTES, ROOT / FOLDER)
+    everything = draw(results).axes[1].get_xlim()
+    some = results.records | {"fixed_1": {}, "random_1": {}, "random_2": {}}
+    empty, *others = draw(Results(finding, MINUTES, some)).axes
+    assert empty.get_xlim() == (0, 1) and others[0].get_xlim() == others[1].get_xlim()
+    assert others[0].get_xlim()[1] < everything[1] < 1
 
 
 def check_stored(folder: Path) -> int:
@@ -188,6 +201,9 @@ def test_stored_outcomes_are_recomputed_and_a_changed_one_is_found(tmp_path, nam
     assert finding.claim in text and f"findings/{name}.png" in text
     assert command([name, "--show", "--folder", str(folder)]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"\n# {finding.title} (minutes")
+    assert finding.claim in shown and f"Setting: {finding.setting}." in shown
+    assert f"- [{finding.title}](#{anchor(finding.title)})" in text
     for claim in stored_outcome(folder / f"{name}.json")["claims"]:
         assert claim["says"] in shown and claim["verdict"] in shown
     record = next((folder / "runs" / pool_of(finding, MINUTES)).iterdir())
@@ -218,6 +234,16 @@ def test_what_rests_on_new_runs_is_written_anew(tmp_path):
     assert {path.name for path in again} == {"findings.md"}, "nothing else has changed"
 
 
+def test_the_contents_of_the_page_are_its_headings():
+    text = (ROOT / FOLDER).with_suffix(".md").read_text()
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    links = [line for line in text.splitlines() if line.startswith("- [")]
+    assert links == [f"- [{title}](#{anchor(title)})" for title in headings]
+    assert anchor("A sink, in CPU minutes (of 2-core machines)") == (
+        "a-sink-in-cpu-minutes-of-2-core-machines"
+    )
+
+
 def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):
     empty = page(tmp_path / "none")
     assert "##" not in empty and "%" not in empty
@@ -236,6 +262,9 @@ def test_the_page_has_what_is_stored_and_nothing_else(tmp_path):
         (["noise", "--seconds", "soon"], "argument --seconds: invalid float value: 'soon'"),
         (["noise", "--show"], "must have stored results of noise"),
         (["noise", "--arms", "pinned,causl"], "--arms must be among causal, pinned, got 'causl'"),
+        (["noise", "--arms", "pinned", "--show"], "--arms must be without --show"),
+        (["noise", "--arms", "pinned", "--plan"], "--arms must be without --plan"),
+        (["noise", "--arms", "pinned", "--list"], "--arms must be without --list"),
         (["noise", "--only", "causal"], "--only must be ARM:SEED"),
     ],
 )

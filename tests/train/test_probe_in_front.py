@@ -7,104 +7,128 @@ import torch
 
 from models.batch import IGNORE_LABEL
 from tests.train.handmade import LENGTH, blank_decoder, inputs_of, set_weight, value
-from train.probes.in_front import TOKENS, probe_in_front
+from train.probes import in_front
+from train.probes.in_front import probe_in_front
+from train.probes.losses import probe_losses
 
 T = 12
-BOS, EOS, ANSWER = 0, 1, 2
+BOS, EOS, ANSWER, UNUSED = 0, 1, 2, LENGTH - 1
 STRENGTH = 3.0
+ROWS = 4
+KNOWN = range(3, UNUSED)
+"""Ids of the text: the BOS, the EOS, the answer and one more never occur."""
 
 
-def text(rows=4):
-    """Ids 3 and up."""
-    return 3 + (torch.arange(rows)[:, None] + torch.arange(T)) % (LENGTH - 3)
+def text():
+    return 3 + (torch.arange(ROWS)[:, None] + torch.arange(T)) % len(KNOWN)
 
 
 def with_first(token):
-    return torch.cat([torch.full((4, 1), token), text()[:, :-1]], dim=1)
+    return torch.cat([torch.full((ROWS, 1), token), text()[:, :-1]], dim=1)
 
 
-def told_by_first(token):
-    """Uniform attention whose one value is that of ``token``: it speaks for ``ANSWER``."""
+def speaking(**strengths_V):
+    """Uniform attention; what an id says for ``ANSWER``, by id as ``_3``."""
     decoder = blank_decoder(num_layers=1)
     first = decoder.blocks[0].attention
-    one_hot = torch.eye(LENGTH)
-    set_weight(first.value, STRENGTH * one_hot[token].outer(one_hot[token]))
-    set_weight(first.output, one_hot[ANSWER].outer(one_hot[token]))
-    set_weight(decoder.unembedding, one_hot)
+    said_CD = torch.zeros(LENGTH, LENGTH)
+    for name, strength in strengths_V.items():
+        said_CD[ANSWER, int(name[1:])] = strength
+    set_weight(first.value, torch.eye(LENGTH))
+    set_weight(first.output, said_CD)
+    set_weight(decoder.unembedding, torch.eye(LENGTH))
     return decoder
 
 
-def inputs(**more):
-    made = inputs_of(text=text(), bos_text=with_first(BOS), eos_text=with_first(EOS), **more)
+def inputs(*, eos=True):
+    """Labels as real prompts have them: all ``ANSWER``, a place later behind a token in front."""
+    prompts = {"text": text(), "bos_text": with_first(BOS)}
+    made = inputs_of(**prompts, **({"eos_text": with_first(EOS)} if eos else {}))
     for name, batch in made.prompts.items():
-        # Text tokens 2 and up: the same labels, a place later behind a token in front.
-        labels_BT = torch.full((4, T), IGNORE_LABEL)
-        labels_BT[:, 1 + (name != "text") : T - (name == "text")] = ANSWER
+        labels_BT = torch.full((ROWS, T), IGNORE_LABEL)
+        labels_BT[:, slice(1, T - 1) if name != "text" else slice(0, T - 2)] = ANSWER
         batch.labels_BT.copy_(labels_BT)
     return made
 
 
-def loss_at(position, weight):
-    """With logit STRENGTH * weight for the answer and 1 for the own id."""
+def loss_with(weight):
+    """A label's, where what speaks has that share of the attention; the own id's logit is 1."""
     told = STRENGTH * weight
     return math.log(math.exp(told) + math.e + LENGTH - 2) - told
 
 
-@pytest.mark.parametrize("token, name", [(BOS, "cost_bos"), (EOS, "cost_eos")])
+def share_below(decoder):
+    return value(list(probe_in_front(decoder, inputs())), "cheaper_token_share")
+
+
+@pytest.mark.parametrize(("token", "name"), [(BOS, "cost_bos"), (EOS, "cost_eos")])
 def test_a_token_that_says_the_answer_lowers_the_loss(token, name):
-    decoder, given = told_by_first(token), inputs()
-    found = list(probe_in_front(decoder, given))
-    without = loss_at(0, 0.0)
+    found = list(probe_in_front(speaking(**{f"_{token}": STRENGTH}), inputs()))
     # Position i sees i + 1 keys alike, one of them the token.
-    told = sum(loss_at(i, 1 / (i + 1)) for i in range(2, T)) / (T - 2)
-    assert value(found, name) == pytest.approx(told - without)
+    told = sum(loss_with(1 / (i + 1)) for i in range(1, T - 1)) / (T - 2)
+    assert value(found, name) == pytest.approx(told - loss_with(0))
     other = {"cost_bos": "cost_eos", "cost_eos": "cost_bos"}[name]
-    assert value(found, other) == pytest.approx(0, abs=1e-12)
-    for text_token in ("cost_token", "cost_token_most", "cost_token_deviation"):
-        assert value(found, text_token) == pytest.approx(0, abs=1e-12)
-    # None is cheaper than what lowers the loss.
-    assert token != BOS or value(found, "cheaper_tokens") == 0
+    for nothing in (other, "cost_token", "cost_token_most", "cost_token_deviation"):
+        assert value(found, nothing) == pytest.approx(0, abs=1e-12)
+    assert {one.input for one in found} == {"text"}
 
 
-def test_text_tokens_that_mislead_cost_more_than_the_bos():
-    """Every text token but the BOS and the EOS speaks against the answer."""
-    decoder = blank_decoder(num_layers=1)
-    against = torch.zeros(LENGTH, LENGTH)
-    against[ANSWER, 3] = -STRENGTH
-    first = decoder.blocks[0].attention
-    set_weight(first.value, torch.eye(LENGTH))
-    set_weight(first.output, against)
-    set_weight(decoder.unembedding, torch.eye(LENGTH))
-    found = list(probe_in_front(decoder, inputs()))
-    num_known = LENGTH - 3
-    assert num_known <= TOKENS
-    assert value(found, "cost_token_least") == pytest.approx(value(found, "cost_bos"))
-    assert value(found, "cost_token_most") > value(found, "cost_bos")
-    # Of all that occur it is id 3 alone.
-    spread = value(found, "cost_token_most") - value(found, "cost_token_least")
-    mean = value(found, "cost_token") - value(found, "cost_token_least")
-    assert mean == pytest.approx(spread / num_known)
-    deviation = spread * math.sqrt(1 / num_known)
+def test_the_bos_costs_what_the_losses_say():
+    decoder = speaking(_0=-STRENGTH, _5=2.0)
+    cost = value(list(probe_in_front(decoder, inputs())), "cost_bos")
+    assert cost > 0.1
+    assert cost == pytest.approx(-value(list(probe_losses(decoder, inputs())), "cost_without_bos"))
+
+
+def test_mean_spread_and_extremes_are_of_the_ids_of_the_text(monkeypatch):
+    """Id 3 alone speaks against the answer, so of the others each costs the same."""
+    monkeypatch.setattr(in_front, "TOKENS", 100)
+    # Ids that aren't in the text say much, and are never tried.
+    found = list(probe_in_front(speaking(_3=-STRENGTH, _15=50.0, _2=50.0), inputs()))
+    least, most = value(found, "cost_token_least"), value(found, "cost_token_most")
+    spread = most - least
+    assert spread > 0.1
+    assert value(found, "cost_token") == pytest.approx(least + spread / len(KNOWN))
+    deviation = spread * math.sqrt(1 / len(KNOWN))
     assert value(found, "cost_token_deviation") == pytest.approx(deviation)
-    assert value(found, "cheaper_tokens") == 0
-    decoder.blocks[0].attention.output.weight.data.neg_()
-    found = list(probe_in_front(decoder, inputs()))
-    assert value(found, "cheaper_tokens") == pytest.approx(1 / num_known)
 
 
-def test_where_the_embedding_of_the_bos_lies():
-    decoder, given = blank_decoder(num_layers=1), inputs()
-    embedding_VC = torch.eye(LENGTH)
-    embedding_VC[BOS] = 0
-    embedding_VC[BOS, 3:5] = torch.tensor([3.0, 4.0])
-    set_weight(decoder.embedding, embedding_VC)
-    found = list(probe_in_front(decoder, given))
-    num_known = LENGTH - 3
-    assert value(found, "norm_bos") == pytest.approx(5)
-    assert value(found, "cosine_bos") == pytest.approx(7 / (5 * math.sqrt(num_known)))
+def test_the_share_of_tokens_that_cost_less_than_the_bos(monkeypatch):
+    monkeypatch.setattr(in_front, "TOKENS", 100)
+    # Each id of the text alike, as the BOS: none is cheaper. Then one; then all.
+    assert share_below(speaking()) == 0
+    assert share_below(speaking(_4=STRENGTH)) == pytest.approx(1 / len(KNOWN))
+    assert share_below(speaking(_0=-STRENGTH)) == 1
+    # And all cost more than a BOS that speaks for it.
+    found = list(probe_in_front(speaking(_0=STRENGTH), inputs()))
+    assert value(found, "cost_token_least") > value(found, "cost_bos") + 0.1
 
 
-def test_the_same_every_time_and_none_without_a_bos():
-    decoder = told_by_first(BOS)
-    assert list(probe_in_front(decoder, inputs())) == list(probe_in_front(decoder, inputs()))
-    assert list(probe_in_front(decoder, inputs_of(text=text()))) == []
+def test_the_ids_that_are_tried_are_drawn_the_same_every_time(monkeypatch):
+    monkeypatch.setattr(in_front, "TOKENS", 5)
+    strengths = {f"_{token}": 0.3 * token for token in KNOWN}
+    decoder = speaking(**strengths)
+    first = list(probe_in_front(decoder, inputs()))
+    torch.manual_seed(1)
+    assert list(probe_in_front(decoder, inputs())) == first
+    monkeypatch.setattr(in_front, "TOKENS", 100)
+    every = list(probe_in_front(decoder, inputs()))
+    for name in ("cost_token", "cost_token_deviation"):
+        assert value(every, name) != pytest.approx(value(first, name)), "five are not all"
+    # Nor the first five.
+    monkeypatch.setattr(in_front, "_drawn", lambda num_tokens: torch.arange(5))
+    assert value(list(probe_in_front(decoder, inputs())), "cost_token") != pytest.approx(
+        value(first, "cost_token")
+    )
+    monkeypatch.setattr(in_front, "_drawn", lambda num_tokens: torch.arange(1))
+    names = {one.name for one in probe_in_front(decoder, inputs())}
+    assert "cost_token" in names and "cost_token_deviation" not in names, "one has no spread"
+
+
+def test_without_an_eos_or_a_bos():
+    names = {one.name for one in probe_in_front(speaking(), inputs(eos=False))}
+    assert names == {
+        *("cost_bos", "cost_token", "cost_token_deviation", "cost_token_least"),
+        *("cost_token_most", "cheaper_token_share"),
+    }
+    assert list(probe_in_front(speaking(), inputs_of(text=text()))) == []

@@ -17,8 +17,8 @@ K_BIAS, KV_BIAS = {FIRST: 0.0, SLOT: 0.7334}, {FIRST: 0.0004, SLOT: 0.7276}
 """The paper's numbers."""
 
 SHARED = (
-    "2026-11-30, when two seeds had been seen on the pinned baseline, where slot and BOS are both "
-    "sunk on"
+    "2026-11-30, when two seeds had been seen on the pinned baseline, where the slot and the "
+    "BOS are both sinks"
 )
 """When claims on the unpinned baseline were added, before any run of them."""
 

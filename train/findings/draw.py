@@ -58,9 +58,11 @@ def draw(results: Results) -> Figure:
 
 
 def _share_values(panels: Sequence[Panel], axes: Iterable[Axes]) -> None:
-    """Panels of points that measure the same have the same axis."""
+    """Panels of points that measure the same have the same limits; curves have a panel each for
+    what is of different sizes."""
     alike: dict[str, list[Axes]] = {}
     for panel, axis in zip(panels, axes, strict=True):
+        # One without data has none, and limits of its own.
         if panel.kind == "points" and axis.collections:
             alike.setdefault(panel.label, []).append(axis)
     for group in alike.values():

@@ -52,7 +52,7 @@ EMERGENCE = Finding(
         Column("natural/rate_030", "rate, eps 0.3", percent=True),
         Column("onset/onset_step", "onset, step"),
         Column("onset/spacing_step", "records apart, steps"),
-        Column("onset/onset_lr_sum", "onset, summed rate"),
+        Column("onset/onset_lr_sum", "onset, summed learning rate"),
         Column("onset/sink_heads", "heads past their onset"),
         Column("onset/censored_draws", "draws without onset", percent=True),
     ),

@@ -16,7 +16,7 @@ Measures of the last step, by name:
     canonical_loss, own_loss              at the last validation
     train_loss, gap                       mean over the last tenth of the records; own_loss - that
     passes, tokens, mean_keys, tokens_per_second
-    onset/...                             ``train.onset``, in steps, tokens and summed rate;
+    onset/...                             ``train.onset``, in steps, tokens and summed lr;
                                           heads_of_layers_0_1: those past their onset
 
 Curves are columns over some of the recorded steps. Those of runs that write into rows have

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,21 @@ def page(folder: Path) -> str:
         "least, and says how many. In the figures a point is a seed, a bar or a line the mean, a",
         "band all seeds.",
     ]
-    for finding in FINDINGS.values():
-        path = folder / f"{finding.name}.json"
-        if path.exists():
-            lines += ["", *_section(finding, budget, stored_outcome(path), folder)]
+    stored = [
+        (finding, stored_outcome(path))
+        for finding in FINDINGS.values()
+        if (path := folder / f"{finding.name}.json").exists()
+    ]
+    lines += ["", "What a verdict takes, and the words: [README](../README.md#findings).", ""]
+    lines += [f"- [{finding.title}](#{anchor(finding.title)})" for finding, _ in stored]
+    for finding, told in stored:
+        lines += ["", *_section(finding, budget, told, folder)]
     return "\n".join(lines) + "\n"
+
+
+def anchor(title: str) -> str:
+    """That of a heading on GitHub."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def _section(finding: Finding, budget: Budget, told: dict[str, Any], folder: Path) -> list[str]:

@@ -185,7 +185,7 @@ def lines_of(finding: Finding, budget: Budget, told: dict[str, Any]) -> list[str
                     claim["direction"],
                     claim["magnitude"],
                 ),
-                *(str(claim["seeds"]), _why(claim)),
+                *(str(claim["seeds"]), claim["reason"]),
             ]
             for claim in told["claims"]
         ]
@@ -237,12 +237,6 @@ def _added(claim: dict[str, Any]) -> str:
     return " (criterion added later)" if claim["added"] else ""
 
 
-def _why(claim: dict[str, Any]) -> str:
-    if claim["reason"] or claim["effect"] is None:
-        return claim["reason"]
-    return f"effect {claim['effect']:.3g}, smallest that can be told {claim['tellable']:.3g}"
-
-
 def _onset_lines(onsets: list[dict[str, Any]]) -> list[str]:
     header = ["arm", "seed", "onset, step", "after record", "95 % over heads", "heads past theirs"]
     rows = []
@@ -266,7 +260,8 @@ def _layer_lines(layers: list[dict[str, Any]]) -> list[str]:
         for row in layers
     ]
     header = ["arm", "layer", "heads past their onset", "first onset by seed, step"]
-    return markdown(header, rows)
+    order = "Layers with an onset in more seeds come first, then those whose mean is earlier."
+    return [*markdown(header, rows), "", order]
 
 
 def _spread_lines(spread: dict[str, Any]) -> list[str]:

@@ -104,7 +104,8 @@ def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
     seeds = len(set.intersection(*counts)) if counts else 0
 
     def same(verdict: Verdict, reason: str, *numbers: float) -> Judged:
-        return Judged(verdict, verdict, verdict, reason, seeds, *numbers)
+        magnitude = verdict if claim.magnitude else Verdict.no_number
+        return Judged(verdict, verdict, magnitude, reason, seeds, *numbers)
 
     budget = results.budget
     if not budget.decides:
@@ -129,8 +130,7 @@ def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
         numbers = effect_of(claim.effect, results, noise)
         effect, tellable = numbers
         if abs(effect) < tellable:
-            told = f"effect {effect:.3g}, smallest that can be told {tellable:.3g}"
-            return same(Verdict.undecided, told, *numbers)
+            return same(Verdict.undecided, told_effect(claim, effect, tellable), *numbers)
         if (step := unstable_from(claim.effect, results)) is not None:
             return same(Verdict.rising, f"the order still changed after step {step:,}", *numbers)
     if reason := _failing(claim.direction, results):
@@ -141,8 +141,15 @@ def judge(claim: Claim, results: Results, noise: Noise) -> Judged:
     if reason := _failing(claim.magnitude, results):
         verdicts = (Verdict.in_direction, Verdict.holds, Verdict.fails)
         return Judged(*verdicts, reason, seeds, *numbers)
-    has_number = Verdict.holds if claim.magnitude else Verdict.no_number
-    return Judged(Verdict.holds, Verdict.holds, has_number, "", seeds, *numbers)
+    reason = told_effect(claim, *numbers) if numbers else ""
+    return same(Verdict.holds, reason, *numbers)
+
+
+def told_effect(claim: Claim, effect: float, tellable: float) -> str:
+    """The difference of means in what it is of, beside what could be told."""
+    assert claim.effect is not None
+    measures = " - ".join(dict.fromkeys(side.measure for side in claim.effect))
+    return f"effect {effect:.3g} in {measures}, smallest that can be told {tellable:.3g}"
 
 
 def effect_of(pair: tuple[Of, Of], results: Results, noise: Noise) -> tuple[float, float]:
