@@ -11,6 +11,8 @@ In this order:
     holds in direction    a test of the magnitude fails
     holds
 
+The magnitude of a claim that has no test of it is "no number to hold to".
+
 The noise of an effect is the largest of the standard deviations of its two sides and of the same
 measures in the noise finding.
 """

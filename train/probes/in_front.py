@@ -37,7 +37,7 @@ TOKENS = 16
 """Tokens of text that are tried in front, at most."""
 
 SEED = 2504_02732
-"""Of which they are."""
+"""Of the draw of those tokens."""
 
 
 @torch.no_grad()
