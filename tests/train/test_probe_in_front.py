@@ -27,13 +27,13 @@ def with_first(token):
     return torch.cat([torch.full((ROWS, 1), token), text()[:, :-1]], dim=1)
 
 
-def speaking(**strengths_V):
-    """Uniform attention; what an id says for ``ANSWER``, by id as ``_3``."""
+def speaking(strengths=None):
+    """Uniform attention; how strongly an id says that ``ANSWER`` comes next, by id."""
     decoder = blank_decoder(num_layers=1)
     first = decoder.blocks[0].attention
     said_CD = torch.zeros(LENGTH, LENGTH)
-    for name, strength in strengths_V.items():
-        said_CD[ANSWER, int(name[1:])] = strength
+    for token, strength in (strengths or {}).items():
+        said_CD[ANSWER, token] = strength
     set_weight(first.value, torch.eye(LENGTH))
     set_weight(first.output, said_CD)
     set_weight(decoder.unembedding, torch.eye(LENGTH))
@@ -63,7 +63,7 @@ def share_below(decoder):
 
 @pytest.mark.parametrize(("token", "name"), [(BOS, "cost_bos"), (EOS, "cost_eos")])
 def test_a_token_that_says_the_answer_lowers_the_loss(token, name):
-    found = list(probe_in_front(speaking(**{f"_{token}": STRENGTH}), inputs()))
+    found = list(probe_in_front(speaking({token: STRENGTH}), inputs()))
     # Position i sees i + 1 keys alike, one of them the token.
     told = sum(loss_with(1 / (i + 1)) for i in range(1, T - 1)) / (T - 2)
     assert value(found, name) == pytest.approx(told - loss_with(0))
@@ -74,7 +74,7 @@ def test_a_token_that_says_the_answer_lowers_the_loss(token, name):
 
 
 def test_the_bos_costs_what_the_losses_say():
-    decoder = speaking(_0=-STRENGTH, _5=2.0)
+    decoder = speaking({BOS: -STRENGTH, 5: 2.0})
     cost = value(list(probe_in_front(decoder, inputs())), "cost_bos")
     assert cost > 0.1
     assert cost == pytest.approx(-value(list(probe_losses(decoder, inputs())), "cost_without_bos"))
@@ -84,7 +84,7 @@ def test_mean_spread_and_extremes_are_of_the_ids_of_the_text(monkeypatch):
     """Id 3 alone speaks against the answer, so of the others each costs the same."""
     monkeypatch.setattr(in_front, "TOKENS", 100)
     # Ids that aren't in the text say much, and are never tried.
-    found = list(probe_in_front(speaking(_3=-STRENGTH, _15=50.0, _2=50.0), inputs()))
+    found = list(probe_in_front(speaking({3: -STRENGTH, UNUSED: 50.0, ANSWER: 50.0}), inputs()))
     least, most = value(found, "cost_token_least"), value(found, "cost_token_most")
     spread = most - least
     assert spread > 0.1
@@ -97,17 +97,16 @@ def test_the_share_of_tokens_that_cost_less_than_the_bos(monkeypatch):
     monkeypatch.setattr(in_front, "TOKENS", 100)
     # Each id of the text alike, as the BOS: none is cheaper. Then one; then all.
     assert share_below(speaking()) == 0
-    assert share_below(speaking(_4=STRENGTH)) == pytest.approx(1 / len(KNOWN))
-    assert share_below(speaking(_0=-STRENGTH)) == 1
+    assert share_below(speaking({4: STRENGTH})) == pytest.approx(1 / len(KNOWN))
+    assert share_below(speaking({BOS: -STRENGTH})) == 1
     # And all cost more than a BOS that speaks for it.
-    found = list(probe_in_front(speaking(_0=STRENGTH), inputs()))
+    found = list(probe_in_front(speaking({BOS: STRENGTH}), inputs()))
     assert value(found, "cost_token_least") > value(found, "cost_bos") + 0.1
 
 
 def test_the_ids_that_are_tried_are_drawn_the_same_every_time(monkeypatch):
     monkeypatch.setattr(in_front, "TOKENS", 5)
-    strengths = {f"_{token}": 0.3 * token for token in KNOWN}
-    decoder = speaking(**strengths)
+    decoder = speaking({token: 0.3 * token for token in KNOWN})
     first = list(probe_in_front(decoder, inputs()))
     torch.manual_seed(1)
     assert list(probe_in_front(decoder, inputs())) == first
