@@ -37,6 +37,8 @@ MEASURES = {
         }.items()
     },
     **{f"row_{place}/loss": 2.5 for place in ("text", "bos_text", "eos_text")},
+    **{f"text/cost_{what}": 0.0 for what in ("token", "noise", "shared")},
+    **{"text/cost_bos": 0.2, "text/bos_cosine": 0.9},
     "documents/start_rate_030": 0.3,
     "documents/inner_rate_030": 0.05,
     "canonical_loss": 3.0,
@@ -119,6 +121,8 @@ COLLAPSED = {
         "row_text/loss": 2.6,
     },
     "document_pinned_bos": {"bos_text/excess": 0.2, "text/excess": 0.01, "text/loss": 4.0},
+    "causal_untied": {"text/cost_bos": 0.0},
+    "causal_longer": {"bos_text/loss": 3.2},
     "document": {"text/excess": 0.05},
     "document_long": {"text/excess": 0.05},
 }

@@ -16,6 +16,7 @@ from scripts.reproduce import command
 from tests.train.made_results import made_record
 from tests.train.test_findings_stored import check_stored
 from train.findings import FINDINGS, campaign, jobs
+from train.findings.base import Of
 from train.findings.budgets import BUDGETS, planned, pool_of, run_dir, tokens_of
 from train.findings.measures import CURVES, Record
 
@@ -58,7 +59,7 @@ def stored(folder: Path) -> dict[str, dict]:
 
 def measures_of(finding) -> set[str]:
     """All that a finding asks of a run."""
-    asked = {column.measure for column in finding.columns}
+    asked = {one for column in finding.columns for one in Of("", column.measure).measures}
     for claim in finding.claims:
         sides = [side for test in claim.tests for side in test.sides]
         asked.update(*(side.measures for side in (*sides, *(claim.effect or ()))))

@@ -51,10 +51,17 @@ def inputs(*, eos=True):
     return made
 
 
-def loss_with(weight):
+def loss_with(weight, strength=STRENGTH):
     """A label's, where what speaks has that share of the attention; the own id's logit is 1."""
-    told = STRENGTH * weight
+    told = strength * weight
     return math.log(math.exp(told) + math.e + LENGTH - 2) - told
+
+
+def cost_of(strength):
+    """What a first token that says ``ANSWER`` so strongly costs: position i sees i + 1 keys alike,
+    one of them that token."""
+    said = sum(loss_with(1 / (i + 1), strength) for i in range(1, T - 1)) / (T - 2)
+    return said - loss_with(0)
 
 
 def share_below(decoder):
@@ -64,9 +71,7 @@ def share_below(decoder):
 @pytest.mark.parametrize(("token", "name"), [(BOS, "cost_bos"), (EOS, "cost_eos")])
 def test_a_token_that_says_the_answer_lowers_the_loss(token, name):
     found = list(probe_in_front(speaking({token: STRENGTH}), inputs()))
-    # Position i sees i + 1 keys alike, one of them the token.
-    told = sum(loss_with(1 / (i + 1)) for i in range(1, T - 1)) / (T - 2)
-    assert value(found, name) == pytest.approx(told - loss_with(0))
+    assert value(found, name) == pytest.approx(cost_of(STRENGTH))
     other = {"cost_bos": "cost_eos", "cost_eos": "cost_bos"}[name]
     for nothing in (other, "cost_token", "cost_token_most", "cost_token_deviation"):
         assert value(found, nothing) == pytest.approx(0, abs=1e-12)
@@ -128,6 +133,64 @@ def test_without_an_eos_or_a_bos():
     names = {one.name for one in probe_in_front(speaking(), inputs(eos=False))}
     assert names == {
         *("cost_bos", "cost_token", "cost_token_deviation", "cost_token_least"),
-        *("cost_token_most", "cheaper_token_share"),
+        *("cost_token_most", "cheaper_token_share", "cost_shared", "bos_cosine", "bos_length"),
+        *("cost_noise", "cost_noise_deviation", "cost_noise_least", "cost_noise_most"),
     }
     assert list(probe_in_front(speaking(), inputs_of(text=text()))) == []
+
+
+def with_bos_row(decoder, row_C):
+    """One-hot ids but for the BOS."""
+    rows_VC = torch.eye(LENGTH, dtype=torch.float64)
+    rows_VC[BOS] = row_C
+    set_weight(decoder.embedding, rows_VC)
+    return decoder
+
+
+def along(*ids, length):
+    """That length, along the sum of these ids' one-hot vectors."""
+    row_C = torch.zeros(LENGTH, dtype=torch.float64)
+    row_C[list(ids)] = length / math.sqrt(len(ids))
+    return row_C
+
+
+def test_noise_is_as_long_as_the_bos_and_costs_what_it_says():
+    """The BOS speaks against the answer by the axis of an id that the text never has."""
+    decoder = with_bos_row(speaking({UNUSED: -STRENGTH}), along(UNUSED, length=2.0))
+    found = list(probe_in_front(decoder, inputs()))
+    assert value(found, "cost_bos") == pytest.approx(cost_of(-2.0 * STRENGTH))
+    assert value(found, "bos_length") == pytest.approx(2.0)
+    noise_NC = in_front._noise(torch.zeros(LENGTH, dtype=torch.float64))
+    share_N = (noise_NC[:, UNUSED] / noise_NC.norm(dim=1)).tolist()
+    costs = [cost_of(-2.0 * STRENGTH * share) for share in share_N]
+    assert value(found, "cost_noise") == pytest.approx(sum(costs) / len(costs))
+    assert value(found, "cost_noise_least") == pytest.approx(min(costs))
+    assert value(found, "cost_noise_most") == pytest.approx(max(costs))
+    assert value(found, "cost_noise_deviation") > 0.1
+    assert len(costs) == in_front.DRAWS
+
+
+def test_what_all_tokens_of_text_share():
+    """Once the BOS is that, longer; once it is what none has."""
+    decoder = speaking({token: -STRENGTH for token in KNOWN})
+    found = list(probe_in_front(with_bos_row(decoder, along(*KNOWN, length=3.0)), inputs()))
+    assert value(found, "bos_cosine") == pytest.approx(1)
+    assert value(found, "cost_shared") == pytest.approx(value(found, "cost_bos"))
+    assert abs(value(found, "cost_bos")) > 0.1
+    shared = value(found, "cost_shared")
+    found = list(probe_in_front(with_bos_row(decoder, along(UNUSED, length=3.0)), inputs()))
+    assert value(found, "bos_cosine") == pytest.approx(0)
+    assert value(found, "cost_shared") == pytest.approx(shared), "as long, whatever the BOS is"
+    assert value(found, "cost_bos") != pytest.approx(shared)
+
+
+def test_the_model_is_as_it_was(monkeypatch):
+    decoder = speaking({4: STRENGTH})
+    before = {name: weight.clone() for name, weight in decoder.state_dict().items()}
+    list(probe_in_front(decoder, inputs()))
+    # And with an error in between.
+    monkeypatch.setattr(decoder, "loss", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(probe_in_front(decoder, inputs()))
+    assert not decoder.embedding._forward_hooks
+    assert all(torch.equal(weight, before[name]) for name, weight in decoder.state_dict().items())

@@ -10,6 +10,7 @@ Measures of the last step, by name:
                                           the other of the first 16 keys
     natural/...                           of the prompts that begin as the run's own rows do
     <input>/loss, cost_without_bos, ...   nats a label (``probes.losses``), of row_text, ... too
+    text/cost_bos, cost_noise, ...        nats that a token in front costs (``probes.in_front``)
     <input>/hidden_ratio, value_ratio     first position over the others: of the layer with the
                                           largest hidden, the smallest value ratio (mean of heads)
     documents/start_..., inner_...        keys of documents (``probes.documents``)
@@ -43,7 +44,7 @@ from train.report.curves import log_spaced
 from train.runs import Run
 from train.sink_table import LATER_LAYERS
 
-PROBED = ("sinks", "losses", "norms", "documents")
+PROBED = ("sinks", "losses", "in_front", "norms", "documents")
 """Probes of the last step that measures come from."""
 
 POSITIONS = 3

@@ -7,6 +7,9 @@ TEXT, BOS = "text/excess", "bos_text/excess"
 ROW_RISE = "row_text/loss - row_{}/loss"
 """What a row loses without the token in front of it that {} has."""
 
+COST = "bos_text/loss - text/loss"
+"""Nats a label that a BOS in front of a text costs on prompts: text/cost_bos, of older runs too."""
+
 ARMS = (
     Arm("causal", ("packing=causal",), {"bos_text/rate_030": 0.6510, "text/rate_030": 0.6515}),
     Arm("causal_document_bos", ("packing=causal_document_bos",)),
@@ -35,6 +38,16 @@ ARMS = (
 
 PRESETS = tuple(arm.name for arm in ARMS if arm.overrides == (f"packing={arm.name}",))
 """The arms that are a preset of packing and no more: not the controls."""
+
+UNTIED = ("packing=causal", "model.tie_embeddings=false")
+LONGER = "trainer.max_steps=6000"
+
+# What a BOS is to a model that never saw it: its embedding, which tying makes an answer's too.
+EMBEDDINGS = (
+    Arm("causal_untied", UNTIED),
+    Arm("causal_longer", ("packing=causal", LONGER)),
+    Arm("causal_untied_longer", (*UNTIED, LONGER)),
+)
 
 
 def collapse(arm: str, paper: str) -> Claim:
@@ -92,6 +105,23 @@ def masked(unmasked: str, document: str, what: str) -> Claim:
     )
 
 
+def cheap(arm: str, cost: str, than: Of, says: str, added: str = "") -> Claim:
+    """What ``says`` costs less than an unseen BOS that has a tied embedding, and little."""
+    return Claim(
+        says=f"{says} costs less than {than.arm}'s, and 0.05 nats at most, on 64-token prompts",
+        direction=(AtMost(Of(arm, cost), than, strict=True),),
+        magnitude=(AtMost(Of(arm, cost), plus=0.05),),
+        effect=(than, Of(arm, cost)),
+        added=SEEN_UNTIED + added,
+    )
+
+
+SEEN_UNTIED = (
+    "2026-12-01, when causal's BOS had been seen with noise in its place in five seeds (0 to 4), "
+    "and causal_untied's in four (0, 1, 3, 4)"
+)
+"""When the claims on an unseen BOS's embedding were made up."""
+
 UNPINNED = {
     "causal": "which hasn't seen a BOS (90.84 against 65.10 %)",
     "causal_document_bos": "which has seen one at every document's start",
@@ -132,12 +162,15 @@ PACKING = Finding(
         "BOS in front (bos_text), without (text) and with an EOS in front (eos_text); controls for "
         "how many keys a query sees. Models trained without a BOS don't know the one of bos_text; "
         "the text of the arms with long documents alone is of long documents too, and rows of "
-        "causal_fewer_keys are shorter than the others'. Without a BOS the sink on plain text is "
-        "hardly larger than noise at the budget minutes (the noise finding), so a mask has next to "
-        "nothing to take from it there"
+        "causal_fewer_keys are shorter than the others'; causal_untied has its own unembedding "
+        "(3.1M weights more), and the longer arms have 6,000 steps. Without a BOS the sink on "
+        "plain text is hardly larger than noise at the budget minutes (the noise finding), so a "
+        "mask has next to nothing to take from it there"
     ),
     aggregation=f"{RATE}; the paper's eps and aggregation for Table 2 aren't visible",
-    arms=ARMS,
+    arms=(*ARMS, *EMBEDDINGS),
+    # The paper's preset ties nothing, and to a check of the machinery lengths mean nothing.
+    arms_at={"cpu": (*ARMS, EMBEDDINGS[0]), "paper": ARMS},
     columns=(
         Column("bos_text/excess", "excess, BOS + text"),
         Column("text/excess", "excess, text"),
@@ -153,12 +186,36 @@ PACKING = Finding(
         Column("documents/inner_rate_030", "rate at offsets 8-63", percent=True, table=2),
         Column("mean_keys", "keys a query sees", table=2),
         Column("passes", "passes", table=2),
+        Column(COST, "nats that a BOS costs", table=3),
+        Column("text/cost_token", "that a token of text does", table=3),
+        Column("text/cost_noise", "noise in the BOS's place", table=3),
+        Column("text/cost_shared", "text's mean embedding in it", table=3),
+        Column("text/bos_cosine", "cosine of that and the BOS's", table=3),
     ),
     claims=(
         *(above(unpinned, what) for unpinned, what in UNPINNED.items()),
         collapse("causal_pinned_bos", "90.84 -> 0.05 %, loss 2.69 -> 7.56"),
         collapse("document_pinned_bos", "90.56 -> 0.00 %, loss 2.67 -> 7.78"),
         *unmoved("causal", "bos_text", "a BOS", " (loss 2.69 and 2.70)"),
+        cheap(
+            "causal",
+            "text/cost_noise",
+            Of("causal", "text/cost_bos"),
+            "with noise of the same length for its embedding a BOS",
+        ),
+        cheap(
+            "causal_untied",
+            "text/cost_bos",
+            Of("causal", "text/cost_bos"),
+            "an unseen BOS whose embedding isn't tied",
+        ),
+        cheap(
+            "causal_untied_longer",
+            COST,
+            Of("causal_longer", COST),
+            "after 6,000 steps an unseen BOS whose embedding isn't tied",
+            "; of causal_longer in three (0 to 2), of causal_untied_longer in none",
+        ),
         *unmoved("causal_document_bos", "bos_text", "a BOS"),
         # An unseen BOS tells nothing of what follows; an EOS tells that a document begins.
         *unmoved("causal", "eos_text", "the EOS, which it knows,"),
@@ -193,9 +250,17 @@ PACKING = Finding(
             ("bos_text/excess", "text/excess"),
             "First key, 64-token prompts",
             "excess mass, T = 64",
+            arms=tuple(arm.name for arm in ARMS),
         ),
         # Of the controls nothing is claimed over steps.
         Panel("curves", ("excess",), "Training rows", arms=PRESETS),
+        Panel(
+            "points",
+            (COST,),
+            "A BOS that wasn't seen in training",
+            "nats that it costs on 64-token prompts",
+            arms=("causal", *(arm.name for arm in EMBEDDINGS)),
+        ),
     ),
     experiment="barbero120m",
     unknown=(
