@@ -149,6 +149,8 @@ def _points(axis: Axes, panel: Panel, points: pd.DataFrame) -> None:
         axis.axvline(1, label="as others", **BASELINE)
     elif panel.measures[0].endswith("excess"):
         axis.axvline(0, label="uniform attention", **BASELINE)
+    elif " - " in panel.measures[0]:
+        axis.axvline(0, label="no difference", **BASELINE)
     elif "rate" in panel.measures[0]:
         # Of a share none is what all are compared with.
         axis.set_xlim(left=min(0, axis.get_xlim()[0]))
