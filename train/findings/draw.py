@@ -174,6 +174,8 @@ def _name(measure: str) -> str:
         "natural/null_rate_030": "slot",
         "natural/excess": "first token",
         "natural/null_excess": "slot",
+        "bos_text/loss - text/loss": "as it is",
+        "text/cost_noise": "noise for its embedding",
     }
     if "_at_" in measure:
         return f"position {int(measure[-1]) + 1}"

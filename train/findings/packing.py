@@ -64,16 +64,23 @@ def collapse(arm: str, paper: str) -> Claim:
     )
 
 
+def unmoved_on_prompts(
+    arm: str, prompt: str, token: str, paper: str = "", added: str | None = None
+) -> Claim:
+    """A model for which position 0 means nothing, with a token there and without it."""
+    return Claim(
+        says=f"{arm} doesn't care whether {token} is there, on 64-token prompts{paper}",
+        direction=(Near(Of(arm, "text/loss"), Of(arm, f"{prompt}/loss"), plus=0.05),),
+        added=added,
+    )
+
+
 def unmoved(arm: str, prompt: str, token: str, paper: str = "") -> tuple[Claim, Claim]:
-    """A model for which position 0 means nothing, with a token there and without it: on prompts,
-    and on whole rows of text, as a validation loss is. A row has sixteen times the labels of a
-    prompt, so there it is held against what the pinned model loses too."""
+    """The same, and on whole rows of text, as a validation loss is. A row has sixteen times the
+    labels of a prompt, so there it is held against what the pinned model loses too."""
     rise, pinned = ROW_RISE.format(prompt), Of("causal_pinned_bos", ROW_RISE.format("bos_text"))
     return (
-        Claim(
-            says=f"{arm} doesn't care whether {token} is there, on 64-token prompts{paper}",
-            direction=(Near(Of(arm, "text/loss"), Of(arm, f"{prompt}/loss"), plus=0.05),),
-        ),
+        unmoved_on_prompts(arm, prompt, token, paper),
         Claim(
             says=f"{arm} doesn't care whether {token} is there, on rows of the context: to 0.05 "
             f"nats, and to a quarter of what the pinned model loses without its BOS{paper}",
@@ -121,6 +128,9 @@ SEEN_UNTIED = (
     "and causal_untied's in four (0, 1, 3, 4)"
 )
 """When the claims on an unseen BOS's embedding were made up."""
+
+SEEN_ALL = "2026-12-01, when all its seeds had been seen"
+"""When what was asked of causal was asked of untied models too."""
 
 UNPINNED = {
     "causal": "which hasn't seen a BOS (90.84 against 65.10 %)",
@@ -186,11 +196,12 @@ PACKING = Finding(
         Column("documents/inner_rate_030", "rate at offsets 8-63", percent=True, table=2),
         Column("mean_keys", "keys a query sees", table=2),
         Column("passes", "passes", table=2),
-        Column(COST, "nats that a BOS costs", table=3),
-        Column("text/cost_token", "that a token of text does", table=3),
-        Column("text/cost_noise", "noise in the BOS's place", table=3),
-        Column("text/cost_shared", "text's mean embedding in it", table=3),
-        Column("text/bos_cosine", "cosine of that and the BOS's", table=3),
+        Column(COST, "cost of a BOS, nats", table=3),
+        Column("text/cost_token", "of a token of text", table=3),
+        Column("text/cost_noise", "of a BOS that is noise", table=3),
+        Column("text/cost_shared", "of one that is text's mean", table=3),
+        Column("text/bos_cosine", "cosine, BOS and text's mean", table=3),
+        Column("text/bos_length", "length, BOS / text", table=3),
     ),
     claims=(
         *(above(unpinned, what) for unpinned, what in UNPINNED.items()),
@@ -215,6 +226,10 @@ PACKING = Finding(
             Of("causal_longer", COST),
             "after 6,000 steps an unseen BOS whose embedding isn't tied",
             "; of causal_longer in three (0 to 2), of causal_untied_longer in none",
+        ),
+        *(
+            unmoved_on_prompts(arm, "bos_text", "a BOS", added=SEEN_ALL)
+            for arm in ("causal_untied", "causal_untied_longer")
         ),
         *unmoved("causal_document_bos", "bos_text", "a BOS"),
         # An unseen BOS tells nothing of what follows; an EOS tells that a document begins.
@@ -256,8 +271,8 @@ PACKING = Finding(
         Panel("curves", ("excess",), "Training rows", arms=PRESETS),
         Panel(
             "points",
-            (COST,),
-            "A BOS that wasn't seen in training",
+            (COST, "text/cost_noise"),
+            "An unseen BOS (longer: 6,000 steps)",
             "nats that it costs on 64-token prompts",
             arms=("causal", *(arm.name for arm in EMBEDDINGS)),
         ),
