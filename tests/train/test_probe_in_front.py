@@ -184,6 +184,14 @@ def test_what_all_tokens_of_text_share():
     assert value(found, "cost_bos") != pytest.approx(shared)
 
 
+def test_an_id_that_occurs_often_counts_once_in_what_all_share():
+    decoder = with_bos_row(speaking(), along(*KNOWN, length=1.0))
+    made = inputs()
+    made.prompts["text"].tokens_BT[:2] = KNOWN[0]
+    assert set(made.prompts["text"].tokens_BT.unique().tolist()) == set(KNOWN)
+    assert value(list(probe_in_front(decoder, made)), "bos_cosine") == pytest.approx(1)
+
+
 def test_the_model_is_as_it_was(monkeypatch):
     decoder = speaking({4: STRENGTH})
     before = {name: weight.clone() for name, weight in decoder.state_dict().items()}
