@@ -1,6 +1,8 @@
 """A user's mistake as one line on stderr and exit code 2, whatever library found it."""
 
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -106,15 +108,35 @@ def _first_rank_tells(error: Exception) -> bool:
     return isinstance(error, KnownToAll) or not torch.distributed.is_initialized()
 
 
+def _nobody_reads() -> bool:
+    """Whether standard output is what broke, as in ``... | head``; then the rest goes nowhere."""
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:
+        # One that is no file.
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
+
+
 def exit_code(
     main: Callable[[list[str]], None], arguments: list[str], interrupted: str = "interrupted"
 ) -> int:
     """Run a command's ``main``; ``interrupted`` is what Ctrl-C prints."""
     try:
         main(arguments)
+        sys.stdout.flush()
     except MISTAKES as error:
         tell(error)
         return 2
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return 128 + signal.SIGPIPE
     except Exception as error:
         # Imported late: a mistake's line need not wait for torch.
         from train.shortage import shortage
