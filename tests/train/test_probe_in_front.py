@@ -167,7 +167,8 @@ def test_noise_is_as_long_as_the_bos_and_costs_what_it_says():
     assert value(found, "cost_noise_least") == pytest.approx(min(costs))
     assert value(found, "cost_noise_most") == pytest.approx(max(costs))
     assert value(found, "cost_noise_deviation") > 0.1
-    assert len(costs) == in_front.DRAWS
+    assert len(costs) == 16
+    assert min(share_N) < -0.1 and max(share_N) > 0.1, "it points every way"
 
 
 def test_what_all_tokens_of_text_share():
@@ -190,6 +191,20 @@ def test_an_id_that_occurs_often_counts_once_in_what_all_share():
     made.prompts["text"].tokens_BT[:2] = KNOWN[0]
     assert set(made.prompts["text"].tokens_BT.unique().tolist()) == set(KNOWN)
     assert value(list(probe_in_front(decoder, made)), "bos_cosine") == pytest.approx(1)
+
+
+def test_long_embeddings_count_by_their_length():
+    """One id three times as long as the others, and a BOS against the mean of all."""
+    rows_VC = torch.eye(LENGTH, dtype=torch.float64)
+    rows_VC[KNOWN[0], KNOWN[0]] = 3.0
+    mean_C = rows_VC[list(KNOWN)].mean(dim=0)
+    rows_VC[BOS] = -2.0 * mean_C / mean_C.norm() + along(UNUSED, length=2.0)
+    decoder = speaking()
+    set_weight(decoder.embedding, rows_VC)
+    found = list(probe_in_front(decoder, inputs()))
+    assert value(found, "bos_cosine") == pytest.approx(-math.sqrt(0.5))
+    mean_length = (len(KNOWN) + 2) / len(KNOWN)
+    assert value(found, "bos_length") == pytest.approx(math.sqrt(8) / mean_length)
 
 
 def test_the_model_is_as_it_was(monkeypatch):

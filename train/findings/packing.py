@@ -112,8 +112,19 @@ def masked(unmasked: str, document: str, what: str) -> Claim:
     )
 
 
+SEEN_UNTIED = (
+    "2026-12-01, when causal's BOS had been seen with noise in its place in five seeds (0 to 4), "
+    "and causal_untied's in four (0, 1, 3, 4), two of which it changed by more than 0.05, downwards"
+)
+"""When the claims on an unseen BOS's embedding were made up."""
+
+
 def cheap(arm: str, cost: str, than: Of, says: str, added: str = "") -> Claim:
-    """What ``says`` costs less than an unseen BOS that has a tied embedding, and little."""
+    """A BOS in front of prompts costs less than a tied one that wasn't seen, and little.
+
+    arm, cost: the measure of what it costs. than: what the tied one does. says: which BOS it is.
+    added: what had been seen beside ``SEEN_UNTIED``.
+    """
     return Claim(
         says=f"{says} costs less than {than.arm}'s, and 0.05 nats at most, on 64-token prompts",
         direction=(AtMost(Of(arm, cost), than, strict=True),),
@@ -122,12 +133,6 @@ def cheap(arm: str, cost: str, than: Of, says: str, added: str = "") -> Claim:
         added=SEEN_UNTIED + added,
     )
 
-
-SEEN_UNTIED = (
-    "2026-12-01, when causal's BOS had been seen with noise in its place in five seeds (0 to 4), "
-    "and causal_untied's in four (0, 1, 3, 4)"
-)
-"""When the claims on an unseen BOS's embedding were made up."""
 
 SEEN_ALL = "2026-12-01, when all its seeds had been seen"
 """When what was asked of causal was asked of untied models too."""

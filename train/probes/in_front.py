@@ -25,9 +25,11 @@ where the BOS is a token like any other, near 0 where it is cheaper than all, ne
 A model that never saw the BOS may mind it for what it is, or as it minds any token that says
 nothing of the text behind it: then ``cost_bos`` lies among the costs of tokens of text. What it is
 to such a model is its embedding alone. Tied, that is also the BOS's row of the unembedding, which
-training turns away from everything that is ever predicted, so towards what all rows share: then
-``bos_cosine`` is near 1, and if that is what costs, noise of the same length costs less.
+is trained never to be the answer, and ``bos_cosine`` tells how far it is what other rows have in
+common. Noise may cost less than tokens of text do too, so compare it with both.
 (arXiv 2504.02732, table 2, has such a model with its BOS and without.)
+
+Axes: B rows, T positions, C width of the residual stream, K ids of the text, N draws of noise.
 
 Cost: 36 forward passes of the prompts.
 """
@@ -71,15 +73,15 @@ def probe_in_front(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
     found = {"cost_bos": with_bos - without}
     if "eos_text" in inputs.prompts:
         found["cost_eos"] = cost(inputs.prompts["eos_text"].tokens_BT[0, 0])
-    known, place_BT = text.tokens_BT.unique(return_inverse=True)
-    costs = [cost(token) for token in known[_drawn(len(known)).to(known.device)]]
+    ids_K, index_BT = text.tokens_BT.unique(return_inverse=True)
+    costs = [cost(token) for token in ids_K[_drawn(len(ids_K)).to(ids_K.device)]]
     found |= _spread("cost_token", costs)
     found["cheaper_token_share"] = sum(one < found["cost_bos"] for one in costs) / len(costs)
 
     bos_C = shifted_BTC[0, 0]
-    known_NC = bos_C.new_zeros(len(known), len(bos_C))
-    known_NC[place_BT.flatten()] = text_BTC.flatten(0, 1)
-    shared_C = known_NC.mean(dim=0)
+    embedded_KC = bos_C.new_zeros(len(ids_K), len(bos_C))
+    embedded_KC[index_BT.flatten()] = text_BTC.flatten(0, 1)
+    shared_C = embedded_KC.mean(dim=0)
 
     def cost_as(direction_C: Tensor) -> float:
         first_C = direction_C / direction_C.norm() * bos_C.norm()
@@ -88,7 +90,7 @@ def probe_in_front(decoder: Decoder, inputs: ProbeInputs) -> Iterator[Finding]:
     found |= _spread("cost_noise", [cost_as(noise_C) for noise_C in _noise(bos_C)])
     found["cost_shared"] = cost_as(shared_C)
     found["bos_cosine"] = torch.cosine_similarity(bos_C, shared_C, dim=0).item()
-    found["bos_length"] = (bos_C.norm() / known_NC.norm(dim=1).mean()).item()
+    found["bos_length"] = (bos_C.norm() / embedded_KC.norm(dim=1).mean()).item()
     for name, value in found.items():
         yield Finding(name, "text", value)
 
@@ -106,10 +108,10 @@ def _noise(like_C: Tensor) -> Tensor:
 
 def _spread(name: str, costs: list[float]) -> dict[str, float]:
     """Mean, deviation and extremes, by the names of findings."""
-    cost_N = torch.tensor(costs, dtype=torch.float64)
-    found = {name: cost_N.mean().item()}
+    values = torch.tensor(costs, dtype=torch.float64)
+    found = {name: values.mean().item()}
     if len(costs) > 1:
-        found[f"{name}_deviation"] = cost_N.std(correction=1).item()
+        found[f"{name}_deviation"] = values.std(correction=1).item()
     return found | {f"{name}_least": min(costs), f"{name}_most": max(costs)}
 
 
@@ -118,8 +120,8 @@ def _loss(
 ) -> tuple[float, Tensor]:
     """Nats a label, and the embedded tokens [B, T, C]; first_C: taken for position 0's.
 
-    Through a hook: no weight is touched (a tied unembedding has the same), and one that lies in
-    parts on several devices is whole when it runs.
+    Through a hook: writing into the weight would change a tied unembedding too, and a weight that
+    is sharded over devices isn't whole outside a forward pass.
     """
     kept = []
 
